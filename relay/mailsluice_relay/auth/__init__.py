@@ -1,0 +1,1 @@
+"""Who is it: SASL exchanges, password hashes, the directory of logins."""

@@ -1,0 +1,340 @@
+"""The relay's configuration: the one language that the operator writes and the relay reads.
+
+On disk it is a directory as the kubelet mounts it:
+
+    config/config.json.gz     this file's `Configuration`, gzipped deterministically
+    credentials/revision      the same text as `Configuration.credentials_revision`
+    credentials/tls.crt       the server certificate chain; tls.key its key; ca.crt what clients verify it with
+    credentials/client-ca.crt whom client certificates must come from
+    credentials/NAME.*        what an upstream or a DKIM key refers to by NAME (`Upstream.credentials`, `Dkim.key`)
+
+Durations are seconds, sizes are octets (RFC 1870). Pure: bytes in, values out; `reload` does the reading.
+"""
+
+from __future__ import annotations
+
+import enum
+import gzip
+import io
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+MAXIMUM_ENCODED_SIZE: Final = 900 * 1024
+"""Octets of config.json.gz: a Secret holds 1 MiB (Kubernetes API limit), with room for metadata."""
+
+MAXIMUM_DECODED_SIZE: Final = 64 * 1024 * 1024
+"""Octets after decompression; a configuration of 10,000 users takes about 3 MB."""
+
+
+Credentials = Mapping[str, bytes]
+"""The files of credentials/ by name, as they were read together."""
+
+
+class ConfigurationError(ValueError):
+    """The configuration cannot be used. The text names the field and the remedy, and never a secret's value."""
+
+
+class ListenerMode(enum.StrEnum):
+    PLAIN = "Plain"
+    START_TLS = "StartTLS"
+    IMPLICIT_TLS = "ImplicitTLS"
+
+
+class UpstreamTLSMode(enum.StrEnum):
+    PLAIN = "Plain"
+    OPPORTUNISTIC = "Opportunistic"
+    START_TLS = "StartTLS"
+    IMPLICIT_TLS = "ImplicitTLS"
+
+
+class LoginFormat(enum.StrEnum):
+    FULL = "Full"
+    SHORT = "Short"
+    EITHER = "Either"
+
+
+class Ownership(enum.StrEnum):
+    ENFORCE = "Enforce"
+    LOG = "Log"
+    OFF = "Off"
+
+
+class RateLimitKey(enum.StrEnum):
+    """What a limit is counted for. A new dimension is a line here and a line in `policy.rates.key_of`."""
+
+    USER = "User"
+    NAMESPACE = "Namespace"
+    SOURCE_NETWORK = "SourceNetwork"
+    SENDER_DOMAIN = "SenderDomain"
+    RELAY = "Relay"
+
+
+class RateLimitUnit(enum.StrEnum):
+    MESSAGES = "Messages"
+    RECIPIENTS = "Recipients"
+    BYTES = "Bytes"
+
+
+class RateLimitAction(enum.StrEnum):
+    DEFER = "Defer"
+    REJECT = "Reject"
+
+
+class QueueMode(enum.StrEnum):
+    PERSISTENT = "Persistent"
+    PASS_THROUGH = "PassThrough"
+
+
+class UpstreamType(enum.StrEnum):
+    SMARTHOST = "Smarthost"
+    DIRECT_TO_MX = "DirectToMX"
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Immutable; an unknown field is an error, so that a typing mistake is never a silent default."""
+
+
+Positive = Annotated[int, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Name = Annotated[str, Meta(min_length=1, max_length=63)]
+
+
+class Relay(Struct):
+    """Which resource this is. `uid` keys hashes in trace headers; it is not a secret by itself."""
+
+    name: str
+    namespace: str
+    uid: str = ""
+
+
+class Listener(Struct):
+    name: Name
+    port: Port
+    """What the process binds; 0 picks a free port (`mailsluice run --port`)."""
+    mode: ListenerMode = ListenerMode.START_TLS
+    authentication_required: bool = True
+    """False only together with `Authentication.allowed_networks`: others must still log in."""
+    allow_plaintext_authentication: bool = False
+    normalize_line_endings: bool = False
+    """Bare CR and bare LF become CRLF before scanning and signing, instead of 550 5.5.2."""
+    proxy_trusted_networks: tuple[str, ...] = ()
+    """Not empty: a PROXY header is required, from these networks only (haproxy PROXY protocol, 2.2)."""
+
+
+class TLS(Struct):
+    minimum_version: Literal["TLSv1.2", "TLSv1.3"] = "TLSv1.2"
+    client_ca: str | None = None
+    """File in credentials/ with the CAs of client certificates."""
+
+
+class RateLimit(Struct):
+    name: Name
+    unit: RateLimitUnit
+    limit: Positive
+    window: Seconds
+    per: RateLimitKey = RateLimitKey.USER
+    burst: Positive | None = None
+    """How much may come at once; None: the whole limit."""
+    action: RateLimitAction = RateLimitAction.DEFER
+
+
+class User(Struct):
+    """One login. `hashes` are in crypt(3) or PHC form; several while a password is being rotated."""
+
+    login: Annotated[str, Meta(min_length=1, max_length=320)]
+    hashes: tuple[str, ...] = ()
+    senders: tuple[str, ...] = ()
+    """Sender patterns on top of the login's own address: `user@domain`, `*@domain`, `*@*.domain`, `<>`."""
+    namespace: str | None = None
+    """The SmtpUser's namespace; None for users of the relay itself."""
+    rate_limits: tuple[RateLimit, ...] = ()
+    suspended: bool = False
+
+
+class FailureLimit(Struct):
+    limit: Positive
+    window: Seconds
+
+
+class Failures(Struct):
+    """Failed AUTH attempts before a refusal; successes are never counted (Mailu #634)."""
+
+    per_connection: Positive = 3
+    per_network_and_user: FailureLimit = FailureLimit(limit=10, window=600.0)
+    per_network: FailureLimit = FailureLimit(limit=50, window=600.0)
+
+
+class Authentication(Struct):
+    login_format: LoginFormat = LoginFormat.FULL
+    users: tuple[User, ...] = ()
+    allowed_networks: tuple[str, ...] = ()
+    failures: Failures = Failures()
+
+
+class Senders(Struct):
+    allowed_domains: tuple[str, ...] = ()
+    """A plain name matches exactly, `*.name` its subdomains. Empty: what the logins own."""
+    ownership: Ownership = Ownership.ENFORCE
+    default_from: str | None = None
+
+
+class Recipients(Struct):
+    allowed_domains: tuple[str, ...] = ()
+    redirect_to: str | None = None
+
+
+class SpamRule(Struct):
+    """Settings of one rule of `suspicion.rules`; which of the optional ones a rule reads stands there."""
+
+    score: float
+    limit: Positive | None = None
+    window: Seconds | None = None
+    percent: float | None = None
+    minimum: Positive | None = None
+    deviations: float | None = None
+
+
+class Spam(Struct):
+    """Thresholds of the score; None: never. `suspect_at <= hold_at <= reject_at`."""
+
+    suspect_at: float | None = 5.0
+    hold_at: float | None = None
+    reject_at: float | None = None
+    rules: dict[str, SpamRule] = {}
+
+
+class UpstreamLimits(Struct):
+    """Of this process; the operator has divided the relay's by its replicas."""
+
+    connections: Positive = 10
+    messages_per_second: float | None = None
+    messages_per_day: Positive | None = None
+
+
+class Upstream(Struct):
+    name: Name
+    type: UpstreamType = UpstreamType.SMARTHOST
+    host: str = ""
+    port: Port = 587
+    tls: UpstreamTLSMode = UpstreamTLSMode.START_TLS
+    ca: str | None = None
+    """File in credentials/ with the CAs to trust; None: the system's."""
+    allow_plaintext_authentication: bool = False
+    mechanisms: tuple[str, ...] = ("PLAIN", "LOGIN")
+    """SASL mechanisms to use, best first, where the upstream offers them."""
+    credentials: str | None = None
+    """Files credentials/NAME.username and credentials/NAME.password."""
+    priority: int = 10
+    """Lower is tried first (as in MX)."""
+    weight: Positive = 1
+    match_senders: tuple[str, ...] = ()
+    match_recipients: tuple[str, ...] = ()
+    limits: UpstreamLimits = UpstreamLimits()
+
+
+class Retry(Struct):
+    initial: Seconds = 60.0
+    maximum: Seconds = 3600.0
+    factor: Annotated[float, Meta(ge=1)] = 2.0
+
+
+class Queue(Struct):
+    mode: QueueMode = QueueMode.PERSISTENT
+    lifetime: Seconds = 48 * 3600.0
+    delay_warning: Seconds | None = 4 * 3600.0
+    """After how long a `delayed` DSN goes out, where NOTIFY asks for it; None: never."""
+    retry: Retry = Retry()
+    maximum_bytes: Positive | None = None
+    """Quota of the spool; None: what the disk has, less a reserve."""
+    maximum_messages: Positive = 1_000_000
+
+
+class Bounces(Struct):
+    address: str | None = None
+
+
+class Dkim(Struct):
+    domain: str
+    selector: str
+    key: str
+    """File in credentials/ with the PEM private key."""
+
+
+class Limits(Struct):
+    message_size: Positive = 25 * 1024 * 1024
+    recipients_per_message: Annotated[int, Meta(ge=1)] = 500
+    connections: Positive = 1000
+    connections_per_network: Positive = 50
+    idle_timeout: Seconds = 300.0
+    session_timeout: Seconds = 1800.0
+
+
+class Logging(Struct):
+    level: Literal["Debug", "Info", "Warning", "Error"] = "Info"
+    format: Literal["JSON", "Text"] = "JSON"
+    redact_addresses: bool = False
+
+
+class Monitoring(Struct):
+    user_metrics_limit: Annotated[int, Meta(ge=0)] = 500
+
+
+class Configuration(Struct):
+    """Everything that a relay process is told. `revision` names this content, for metrics and status."""
+
+    version: Literal[1] = 1
+    revision: str
+    credentials_revision: str
+    """Must equal credentials/revision, so that two halves mounted apart are never mixed."""
+    relay: Relay
+    hostname: str
+    listeners: Annotated[tuple[Listener, ...], Meta(min_length=1, max_length=16)]
+    tls: TLS = TLS()
+    authentication: Authentication = Authentication()
+    senders: Senders = Senders()
+    recipients: Recipients = Recipients()
+    rate_limits: tuple[RateLimit, ...] = ()
+    spam: Spam = Spam()
+    upstreams: Annotated[tuple[Upstream, ...], Meta(min_length=1)]
+    queue: Queue = Queue()
+    bounces: Bounces = Bounces()
+    dkim: tuple[Dkim, ...] = ()
+    limits: Limits = Limits()
+    logging: Logging = Logging()
+    monitoring: Monitoring = Monitoring()
+    replicas: Positive = 1
+    drain_from_ordinal: int | None = None
+    """Pods of this ordinal and above take no new mail and deliver what they hold."""
+
+
+def encode(configuration: Configuration) -> bytes:
+    """The content of config.json.gz: the same configuration always gives the same octets.
+
+    Raises ConfigurationError over MAXIMUM_ENCODED_SIZE.
+    """
+    packed = gzip.compress(msgspec.json.encode(configuration, order="deterministic"), compresslevel=9, mtime=0)
+    if len(packed) > MAXIMUM_ENCODED_SIZE:
+        raise ConfigurationError(
+            f"the configuration takes {len(packed)} octets compressed, over the {MAXIMUM_ENCODED_SIZE} that a Secret can "
+            "carry; spread the users over several relays"
+        )
+    return packed
+
+
+def decode(packed: bytes) -> Configuration:
+    """The configuration in the octets of config.json.gz. Raises ConfigurationError."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+            text = stream.read(MAXIMUM_DECODED_SIZE + 1)
+    except (OSError, EOFError) as error:
+        raise ConfigurationError(f"config.json.gz is not gzip: {error}; write it with `encode`") from error
+    if len(text) > MAXIMUM_DECODED_SIZE:
+        raise ConfigurationError(f"config.json.gz unpacks to more than {MAXIMUM_DECODED_SIZE} octets")
+    try:
+        return msgspec.json.decode(text, type=Configuration)
+    except msgspec.MsgspecError as error:
+        raise ConfigurationError(f"config.json.gz: {error}") from error

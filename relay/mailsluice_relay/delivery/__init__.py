@@ -1,0 +1,1 @@
+"""Towards upstreams: route, connection pool, outcome classes, retry schedule."""

@@ -1,0 +1,1 @@
+"""What may they: sender ownership, networks, rate limits. Pure."""

@@ -1,0 +1,1 @@
+"""Does it look like spam: rules, their behaviour history, and engines."""
