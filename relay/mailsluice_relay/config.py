@@ -93,7 +93,7 @@ class UpstreamType(enum.StrEnum):
     DIRECT_TO_MX = "DirectToMX"
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Immutable; an unknown field is an error, so that a typing mistake is never a silent default."""
 
 
@@ -103,7 +103,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(min_length=1, max_length=63)]
 
 
-class Relay(Struct):
+class Relay(Struct, frozen=True, kw_only=True):
     """Which resource this is. `uid` keys hashes in trace headers; it is not a secret by itself."""
 
     name: str
@@ -111,7 +111,7 @@ class Relay(Struct):
     uid: str = ""
 
 
-class Listener(Struct):
+class Listener(Struct, frozen=True, kw_only=True):
     name: Name
     port: Port
     """What the process binds; 0 picks a free port (`mailsluice run --port`)."""
@@ -125,13 +125,13 @@ class Listener(Struct):
     """Not empty: a PROXY header is required, from these networks only (haproxy PROXY protocol, 2.2)."""
 
 
-class TLS(Struct):
+class TLS(Struct, frozen=True, kw_only=True):
     minimum_version: Literal["TLSv1.2", "TLSv1.3"] = "TLSv1.2"
     client_ca: str | None = None
     """File in credentials/ with the CAs of client certificates."""
 
 
-class RateLimit(Struct):
+class RateLimit(Struct, frozen=True, kw_only=True):
     name: Name
     unit: RateLimitUnit
     limit: Positive
@@ -142,7 +142,7 @@ class RateLimit(Struct):
     action: RateLimitAction = RateLimitAction.DEFER
 
 
-class User(Struct):
+class User(Struct, frozen=True, kw_only=True):
     """One login. `hashes` are in crypt(3) or PHC form; several while a password is being rotated."""
 
     login: Annotated[str, Meta(min_length=1, max_length=320)]
@@ -155,12 +155,12 @@ class User(Struct):
     suspended: bool = False
 
 
-class FailureLimit(Struct):
+class FailureLimit(Struct, frozen=True, kw_only=True):
     limit: Positive
     window: Seconds
 
 
-class Failures(Struct):
+class Failures(Struct, frozen=True, kw_only=True):
     """Failed AUTH attempts before a refusal; successes are never counted (Mailu #634)."""
 
     per_connection: Positive = 3
@@ -168,26 +168,26 @@ class Failures(Struct):
     per_network: FailureLimit = FailureLimit(limit=50, window=600.0)
 
 
-class Authentication(Struct):
+class Authentication(Struct, frozen=True, kw_only=True):
     login_format: LoginFormat = LoginFormat.FULL
     users: tuple[User, ...] = ()
     allowed_networks: tuple[str, ...] = ()
     failures: Failures = Failures()
 
 
-class Senders(Struct):
+class Senders(Struct, frozen=True, kw_only=True):
     allowed_domains: tuple[str, ...] = ()
     """A plain name matches exactly, `*.name` its subdomains. Empty: what the logins own."""
     ownership: Ownership = Ownership.ENFORCE
     default_from: str | None = None
 
 
-class Recipients(Struct):
+class Recipients(Struct, frozen=True, kw_only=True):
     allowed_domains: tuple[str, ...] = ()
     redirect_to: str | None = None
 
 
-class SpamRule(Struct):
+class SpamRule(Struct, frozen=True, kw_only=True):
     """Settings of one rule of `suspicion.rules`; which of the optional ones a rule reads stands there."""
 
     score: float
@@ -198,7 +198,7 @@ class SpamRule(Struct):
     deviations: float | None = None
 
 
-class Spam(Struct):
+class Spam(Struct, frozen=True, kw_only=True):
     """Thresholds of the score; None: never. `suspect_at <= hold_at <= reject_at`."""
 
     suspect_at: float | None = 5.0
@@ -207,7 +207,7 @@ class Spam(Struct):
     rules: dict[str, SpamRule] = {}
 
 
-class UpstreamLimits(Struct):
+class UpstreamLimits(Struct, frozen=True, kw_only=True):
     """Of this process; the operator has divided the relay's by its replicas."""
 
     connections: Positive = 10
@@ -215,7 +215,7 @@ class UpstreamLimits(Struct):
     messages_per_day: Positive | None = None
 
 
-class Upstream(Struct):
+class Upstream(Struct, frozen=True, kw_only=True):
     name: Name
     type: UpstreamType = UpstreamType.SMARTHOST
     host: str = ""
@@ -236,13 +236,13 @@ class Upstream(Struct):
     limits: UpstreamLimits = UpstreamLimits()
 
 
-class Retry(Struct):
+class Retry(Struct, frozen=True, kw_only=True):
     initial: Seconds = 60.0
     maximum: Seconds = 3600.0
     factor: Annotated[float, Meta(ge=1)] = 2.0
 
 
-class Queue(Struct):
+class Queue(Struct, frozen=True, kw_only=True):
     mode: QueueMode = QueueMode.PERSISTENT
     lifetime: Seconds = 48 * 3600.0
     delay_warning: Seconds | None = 4 * 3600.0
@@ -253,18 +253,18 @@ class Queue(Struct):
     maximum_messages: Positive = 1_000_000
 
 
-class Bounces(Struct):
+class Bounces(Struct, frozen=True, kw_only=True):
     address: str | None = None
 
 
-class Dkim(Struct):
+class Dkim(Struct, frozen=True, kw_only=True):
     domain: str
     selector: str
     key: str
     """File in credentials/ with the PEM private key."""
 
 
-class Limits(Struct):
+class Limits(Struct, frozen=True, kw_only=True):
     message_size: Positive = 25 * 1024 * 1024
     recipients_per_message: Annotated[int, Meta(ge=1)] = 500
     connections: Positive = 1000
@@ -273,17 +273,17 @@ class Limits(Struct):
     session_timeout: Seconds = 1800.0
 
 
-class Logging(Struct):
+class Logging(Struct, frozen=True, kw_only=True):
     level: Literal["Debug", "Info", "Warning", "Error"] = "Info"
     format: Literal["JSON", "Text"] = "JSON"
     redact_addresses: bool = False
 
 
-class Monitoring(Struct):
+class Monitoring(Struct, frozen=True, kw_only=True):
     user_metrics_limit: Annotated[int, Meta(ge=0)] = 500
 
 
-class Configuration(Struct):
+class Configuration(Struct, frozen=True, kw_only=True):
     """Everything that a relay process is told. `revision` names this content, for metrics and status."""
 
     version: Literal[1] = 1
@@ -319,8 +319,8 @@ def encode(configuration: Configuration) -> bytes:
     packed = gzip.compress(msgspec.json.encode(configuration, order="deterministic"), compresslevel=9, mtime=0)
     if len(packed) > MAXIMUM_ENCODED_SIZE:
         raise ConfigurationError(
-            f"the configuration takes {len(packed)} octets compressed, over the {MAXIMUM_ENCODED_SIZE} that a Secret can "
-            "carry; spread the users over several relays"
+            f"the configuration takes {len(packed)} octets compressed, over the {MAXIMUM_ENCODED_SIZE} that a "
+            "Secret can carry; spread the users over several relays"
         )
     return packed
 

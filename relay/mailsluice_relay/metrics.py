@@ -1,7 +1,7 @@
 """The relay's Prometheus metrics: each stands once, here, under the name that dashboards rely on.
 
-Label values are closed sets or configured names; nothing that a client chooses freely becomes one. Every series that can exist
-from the start exists from the start, at zero.
+Label values are closed sets or configured names; nothing that a client chooses freely becomes one. Every series that
+can exist from the start exists from the start, at zero.
 """
 
 from __future__ import annotations
@@ -130,7 +130,10 @@ class Metrics:
             self.authentications.labels(mechanism, "failure", Reason.CREDENTIALS_INVALID)
 
     def configure(self, configuration: Configuration, certificate_expiry: Mapping[str, float]) -> None:
-        """Make the series that this configuration names; `certificate_expiry` is listener to seconds since the epoch."""
+        """Make the series that this configuration names.
+
+        `certificate_expiry` maps a listener to seconds since the epoch.
+        """
         self.configuration_info.clear()
         self.configuration_info.labels(configuration.revision).set(1)
         for listener in configuration.listeners:

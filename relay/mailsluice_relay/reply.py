@@ -1,7 +1,7 @@
 """Replies and reasons: each stands once, here.
 
-A `Reply` is what the client reads. A `Reason` is why, from a closed enumeration; the same name is the metric's label, the log's
-field, the Event's text and the row in docs/reasons.md. A `Verdict` is both.
+A `Reply` is what the client reads. A `Reason` is why, from a closed enumeration; the same name is the metric's label,
+the log's field, the Event's text and the row in docs/reasons.md. A `Verdict` is both.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ class Result(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Reply:
-    """An SMTP reply. `status` is the enhanced status code (RFC 3463), empty where RFC 2034 forbids one (220, EHLO, 3yz)."""
+    """An SMTP reply.
+
+    `status` is the enhanced status code (RFC 3463), empty where RFC 2034 forbids one (greeting, EHLO, 3yz).
+    """
 
     code: int
     status: str
@@ -168,15 +171,15 @@ VERIFY_DECLINED = Reply(252, "2.5.2", "Cannot verify the user, but will take a m
 HELP = Reply(
     214,
     "2.0.0",
-    "This server relays mail for those who log in. Supported: EHLO HELO MAIL RCPT DATA RSET NOOP QUIT STARTTLS AUTH VRFY HELP",
+    "This server relays mail for those who log in.\nEHLO HELO MAIL RCPT DATA RSET NOOP QUIT STARTTLS AUTH VRFY HELP",
 )
 
 # --- who is it (RFC 4954, RFC 6409 section 4.3) ---------------------------------------------------------------------
 TLS_REQUIRED = Reply(
     530,
     "5.7.0",
-    f"Must issue a STARTTLS command first, then log in: {GUIDE} to use STARTTLS on this port, or SSL/TLS on port 465, and to "
-    "log in with your full e-mail address and password",
+    f"Must issue a STARTTLS command first, then log in: {GUIDE} to use STARTTLS on this port, or SSL/TLS on port 465, and "
+    "to log in with your full e-mail address and password",
 )
 AUTHENTICATION_REQUIRED = Reply(
     530,
