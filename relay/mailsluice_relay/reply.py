@@ -178,8 +178,8 @@ HELP = Reply(
 TLS_REQUIRED = Reply(
     530,
     "5.7.0",
-    f"Must issue a STARTTLS command first, then log in: {GUIDE} to use STARTTLS on this port, or SSL/TLS on port 465, and "
-    "to log in with your full e-mail address and password",
+    f"Must issue a STARTTLS command first, then log in: {GUIDE} to use STARTTLS on this port, or SSL/TLS on port 465, "
+    "and to log in with your full e-mail address and password",
 )
 AUTHENTICATION_REQUIRED = Reply(
     530,

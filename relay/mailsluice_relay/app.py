@@ -1,0 +1,218 @@
+"""The composition root: makes the parts, starts them in order, hands them each new configuration, stops them in order.
+
+Stopping (SIGTERM, SIGINT) is graceful: no new connections, 421 to idle sessions, running transactions finish, what can be
+delivered within the grace period is delivered, and the rest stays on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from mailsluice_relay import reload
+from mailsluice_relay.admin import Administration, Health
+from mailsluice_relay.admission import Admission
+from mailsluice_relay.config import Configuration, ConfigurationError
+from mailsluice_relay.dispatch import Dispatcher
+from mailsluice_relay.listener import Listeners
+from mailsluice_relay.metrics import Metrics
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a process is started; everything else is configuration."""
+
+    config_directory: Path
+    data_directory: Path
+    bind: tuple[str, ...]
+    http_port: int
+    ready_file: Path | None = None
+    grace: float = 25.0
+    """Seconds for sessions and deliveries to finish after SIGTERM."""
+
+
+class Application:
+    """One relay process."""
+
+    def __init__(self, options: Options, loaded: reload.Loaded) -> None:
+        self.options = options
+        self.configuration = loaded.configuration
+        self.metrics = Metrics()
+        self.metrics.build_info.labels(importlib.metadata.version("mailsluice")).set(1)
+        self.health = Health(revision=loaded.configuration.revision)
+        self.admission = Admission(loaded.configuration, metrics=self.metrics, monotonic=time.monotonic, now=time.time)
+        self.dispatcher = Dispatcher(
+            loaded.configuration,
+            loaded.credentials,
+            directory=options.data_directory,
+            metrics=self.metrics,
+            now=time.time,
+            monotonic=time.monotonic,
+            random=random.SystemRandom(),
+            ordinal=ordinal(socket.gethostname()),
+        )
+        self.listeners = Listeners(
+            loaded.configuration,
+            loaded.credentials,
+            bind=options.bind,
+            admission=self.admission,
+            dispatcher=self.dispatcher,
+            metrics=self.metrics,
+            now=time.time,
+            monotonic=time.monotonic,
+        )
+        self.administration = Administration(
+            health=self.health,
+            dispatcher=self.dispatcher,
+            metrics=self.metrics,
+            bind=options.bind,
+            http_port=options.http_port,
+            socket_path=options.data_directory / "control.sock",
+        )
+        self._stop = asyncio.Event()
+        self._reload = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until a signal says stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        async with self._started():
+            watcher = loop.create_task(self._follow_configuration())
+            try:
+                await self._stop.wait()
+            finally:
+                self.health.stopping = True
+                await watcher
+
+    @contextlib.asynccontextmanager
+    async def _started(self) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            await self.administration.start()
+            stack.push_async_callback(self.administration.stop)
+            stack.push_async_callback(self.admission.close)
+            await self.dispatcher.start()
+            stack.push_async_callback(self.dispatcher.stop, self.options.grace)
+            await self.listeners.start()
+            stack.push_async_callback(self.listeners.stop, self.options.grace)
+            self._in_force(self.configuration)
+            self.health.listening = True
+            self._write_ready_file()
+            log.info("relay.ready", listeners=self._addresses(), revision=self.configuration.revision)
+            yield
+            log.info("relay.stopping", grace=self.options.grace)
+        log.info("relay.stopped")
+
+    async def _follow_configuration(self) -> None:
+        async for found in reload.changes(self.options.config_directory, self._stop, self._reload):
+            if isinstance(found, ConfigurationError):
+                self._refuse(found)
+            elif found.configuration.revision != self.configuration.revision or self.health.configuration_error:
+                try:
+                    self._adopt(found)
+                except ConfigurationError as error:
+                    self._refuse(error)
+
+    def _adopt(self, loaded: reload.Loaded) -> None:
+        """Take a new configuration everywhere or nowhere: every part may refuse it before any part changes."""
+        for part in (self.listeners, self.dispatcher, self.admission):
+            part.check(loaded.configuration, loaded.credentials)
+        self.listeners.reconfigure(loaded.configuration, loaded.credentials)
+        self.dispatcher.reconfigure(loaded.configuration, loaded.credentials)
+        self.admission.reconfigure(loaded.configuration)
+        configure_logging(loaded.configuration)
+        self._in_force(loaded.configuration)
+        log.info("configuration.adopted", revision=loaded.configuration.revision)
+
+    def _in_force(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        self.health.revision = configuration.revision
+        self.health.configuration_error = ""
+        self.metrics.configure(configuration, self.listeners.certificate_expiry())
+        self.metrics.configuration_reload_success.set(1)
+
+    def _refuse(self, error: ConfigurationError) -> None:
+        """Keep what is in force; say so once for each cause."""
+        self.metrics.configuration_reload_success.set(0)
+        if str(error) != self.health.configuration_error:
+            log.error("configuration.refused", error=str(error), in_force=self.configuration.revision)
+        self.health.configuration_error = str(error)
+
+    def _addresses(self) -> dict[str, str]:
+        return {name: host_port(*address) for name, address in self.listeners.addresses.items()}
+
+    def _write_ready_file(self) -> None:
+        path = self.options.ready_file
+        if path is None:
+            return
+        content = {
+            "listeners": self._addresses(),
+            "http": host_port(*self.administration.address),
+            "ca": str(self.options.config_directory / "credentials" / "ca.crt"),
+            "pid": os.getpid(),
+        }
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(content) + "\n")
+        draft.replace(path)
+
+
+def host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def ordinal(hostname: str) -> int | None:
+    """A StatefulSet pod's ordinal, from its host name; None for others."""
+    found = re.fullmatch(r".+-(\d{1,6})", hostname.partition(".")[0])
+    return int(found[1]) if found else None
+
+
+def configure_logging(configuration: Configuration) -> None:
+    """One line an event on standard error: JSON, or text for people."""
+    level = logging.getLevelName(configuration.logging.level.upper())
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if configuration.logging.format == "JSON"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def serve(options: Options) -> None:
+    """Run a relay until it is told to stop. Raises ConfigurationError when it cannot start."""
+    loaded = reload.load(options.config_directory)
+    configure_logging(loaded.configuration)
+
+    async def main() -> None:
+        await Application(options, loaded).run()
+
+    uvloop.run(main())
