@@ -1,0 +1,256 @@
+"""Requests to the API server: each is counted, bounded in time, and repeated when the server or the network failed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import aiohttp
+from kubernetes.aio import client as kubernetes_client
+from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.dynamic import DynamicClient
+
+from mailsluice_operator.cluster.objects import EVENT, Kind, Object, Reference, reference_of
+
+FIELD_MANAGER: Final = "mailsluice-operator"
+"""The owner of every field that we write, and the start of the user agent, so that both can be found by one word."""
+
+ATTEMPTS: Final = 4
+FIRST_RETRY: Final = 0.25
+LONGEST_RETRY: Final = 5.0
+REQUEST_TIMEOUT: Final = 30.0
+PAGE_SIZE: Final = 500
+
+APPLY: Final = "application/apply-patch+yaml"
+MERGE: Final = "application/merge-patch+json"
+
+_RETRIED: Final = frozenset({429, 500, 502, 503, 504})
+
+RequestObserver = Callable[[str, str], None]
+"""Told (verb, code) of each request; the code is the status, or `error` when no answer came."""
+
+
+class ApiError(Exception):
+    """The API server refused, or did not answer (status 0)."""
+
+    def __init__(self, what: str, status: int, message: str) -> None:
+        super().__init__(f"{what}: {message}")
+        self.status = status
+        self.message = message
+
+
+class NotFoundError(ApiError):
+    """The object, or the kind, or the namespace is not there."""
+
+
+class ConflictError(ApiError):
+    """The object is not the one that was meant, or has changed since."""
+
+
+class InvalidError(ApiError):
+    """The API server will never take this body (422, 400)."""
+
+
+_ERRORS: Final = {404: NotFoundError, 409: ConflictError, 422: InvalidError, 400: InvalidError}
+
+
+def _explained(error: ApiException) -> str:
+    """The `message` of the Status object that the API server answers with, which is the part for people."""
+    status = int(error.status or 0)
+    body = error.body or ""
+    try:
+        message = str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError):
+        message = body[:200] or str(error.reason)
+    return f"{status}: {message}"
+
+
+async def connect(kubeconfig: str | None, user_agent: str) -> kubernetes_client.ApiClient:
+    """A client for the cluster that the kubeconfig names; without one, for the cluster whose pod this is."""
+    configuration = kubernetes_client.Configuration()
+    if kubeconfig is not None:
+        await kubernetes_config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
+    else:
+        kubernetes_config.load_incluster_config(client_configuration=configuration)
+    api = kubernetes_client.ApiClient(configuration)
+    api.user_agent = user_agent
+    return api
+
+
+class Cluster:
+    """The verbs that the operator needs, on plain dicts."""
+
+    def __init__(
+        self,
+        api: kubernetes_client.ApiClient,
+        *,
+        observe: RequestObserver,
+        rng: random.Random,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._api = api
+        self._dynamic = DynamicClient(api)  # not awaited: that would discover, and the paths are known
+        self._observe = observe
+        self._rng = rng
+        self._sleep = sleep
+
+    async def close(self) -> None:
+        await self._api.close()
+
+    async def get(self, where: Reference) -> Object | None:
+        """The object, or None when it is not there."""
+        try:
+            return await self._request("get", str(where), where.kind.path(where.namespace, where.name))
+        except NotFoundError:
+            return None
+
+    async def listing(
+        self, kind: Kind, namespace: str | None = None, label_selector: str | None = None
+    ) -> tuple[list[Object], int]:
+        """All objects of a kind, and the resourceVersion at which they were so."""
+        items: list[Object] = []
+        following: str | None = None
+        while True:
+            query: dict[str, str] = {"limit": str(PAGE_SIZE)}
+            if label_selector is not None:
+                query["labelSelector"] = label_selector
+            if following is not None:
+                query["continue"] = following
+            page = await self._request("list", kind.plural, kind.path(namespace), query=query)
+            # Items of a list come without what the list says once.
+            items += [{"apiVersion": kind.api_version, "kind": kind.name, **item} for item in page.get("items") or ()]
+            following = page["metadata"].get("continue")
+            if not following:
+                return items, int(page["metadata"]["resourceVersion"])
+
+    async def apply(self, body: Object) -> Object:
+        """Server-side apply. A controller forces: its fields are its own, and what others set beside them stays."""
+        return await self._apply(body, None)
+
+    async def apply_status(self, body: Object) -> Object:
+        """Server-side apply of the status; the body needs nothing of the spec."""
+        return await self._apply(body, "status")
+
+    async def _apply(self, body: Object, subresource: str | None) -> Object:
+        where = reference_of(body)
+        return await self._request(
+            "apply",
+            str(where),
+            where.kind.path(where.namespace, where.name, subresource),
+            query={"fieldManager": FIELD_MANAGER, "force": "true"},
+            body=body,
+            content_type=APPLY,
+        )
+
+    async def annotate(self, where: Reference, annotations: Mapping[str, str | None]) -> Object:
+        """Set annotations, or take them off (None)."""
+        return await self._merge(where, {"metadata": {"annotations": dict(annotations)}})
+
+    async def set_finalizers(self, body: Object, finalizers: list[str]) -> Object:
+        """Replace the finalizers, unless the object has changed since it was read (ConflictError)."""
+        metadata = body["metadata"]
+        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": metadata["resourceVersion"]}}
+        return await self._merge(reference_of(body), patch)
+
+    async def _merge(self, where: Reference, patch: Object) -> Object:
+        return await self._request(
+            "patch",
+            str(where),
+            where.kind.path(where.namespace, where.name),
+            query={"fieldManager": FIELD_MANAGER},
+            body=patch,
+            content_type=MERGE,
+        )
+
+    async def delete(self, where: Reference, uid: str) -> None:
+        """Delete this very object; that it is gone already is as good."""
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+        body["propagationPolicy"] = "Background"
+        try:
+            await self._request("delete", str(where), where.kind.path(where.namespace, where.name), body=body)
+        except NotFoundError:
+            return
+
+    async def post_event(self, about: Object, *, kind: str, reason: str, message: str, at: str) -> None:
+        """An Event (core/v1) about an object; `kind` is Normal or Warning, `at` the time in RFC 3339."""
+        regarding = reference_of(about)
+        metadata = about["metadata"]
+        body = {
+            "apiVersion": EVENT.api_version,
+            "kind": EVENT.name,
+            "metadata": {"generateName": f"{regarding.name[:200]}.", "namespace": regarding.namespace},
+            "involvedObject": {
+                "apiVersion": regarding.kind.api_version,
+                "kind": regarding.kind.name,
+                "namespace": regarding.namespace,
+                "name": regarding.name,
+                "uid": metadata["uid"],
+                "resourceVersion": metadata["resourceVersion"],
+            },
+            "type": kind,
+            "reason": reason,
+            "message": message[:1024],
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": FIELD_MANAGER,
+            "firstTimestamp": at,
+            "lastTimestamp": at,
+            "count": 1,
+        }
+        await self._request("create", f"Event about {regarding}", EVENT.path(regarding.namespace), body=body)
+
+    async def _request(
+        self,
+        verb: str,
+        what: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str | None = None,
+    ) -> Object:
+        attempt = 1
+        while True:
+            try:
+                return await self._once(verb, path, query or {}, body, content_type)
+            except ApiException as error:
+                status = int(error.status or 0)
+                self._observe(verb, str(status))
+                failure = _ERRORS.get(status, ApiError)(what, status, _explained(error))
+                if status not in _RETRIED or attempt == ATTEMPTS:
+                    raise failure from error
+                retry_after = (error.headers or {}).get("Retry-After")
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                self._observe(verb, "error")
+                if attempt == ATTEMPTS:
+                    text = str(error) or type(error).__name__
+                    raise ApiError(what, 0, f"the API server did not answer: {text}") from error
+                retry_after = None
+            await self._sleep(self._pause(attempt, retry_after))
+            attempt += 1
+
+    def _pause(self, attempt: int, retry_after: str | None) -> float:
+        if retry_after is not None and retry_after.isdigit():
+            return min(float(retry_after), LONGEST_RETRY)
+        ceiling: float = min(FIRST_RETRY * 2**attempt, LONGEST_RETRY)
+        return ceiling * (0.5 + 0.5 * self._rng.random())
+
+    async def _once(
+        self, verb: str, path: str, query: Mapping[str, str], body: Object | None, content_type: str | None
+    ) -> Object:
+        method = {"list": "get", "apply": "patch", "create": "post"}.get(verb, verb)
+        async with asyncio.timeout(REQUEST_TIMEOUT):
+            response: aiohttp.ClientResponse = await self._dynamic.request(
+                method,
+                path,
+                body=body,
+                query_params=list(query.items()),
+                content_type=content_type,
+                serialize=False,
+            )
+            answer: Object = await response.json()
+        self._observe(verb, str(response.status))
+        return answer
