@@ -20,6 +20,7 @@ from mailsluice_operator.resource.pod import (
 from mailsluice_operator.resource.presets import PRESETS
 from mailsluice_operator.resource.schema import (
     ATOMIC,
+    IS_NETWORK,
     SET,
     Address,
     Annotations,
@@ -30,6 +31,7 @@ from mailsluice_operator.resource.schema import (
     ItemName,
     Labels,
     NamespaceName,
+    Network,
     Networks,
     ObjectName,
     Port,
@@ -322,14 +324,17 @@ class Authentication(Struct, frozen=True, kw_only=True):
     client_certificates: ClientCertificates | None = None
     """Let clients log in with a certificate; needs tls.clientCASecretRef."""
     allowed_networks: Annotated[
-        Networks,
+        tuple[Network, ...],
+        Meta(max_length=64),
+        SET,
         rules(
+            IS_NETWORK,
             Rule(
                 "self.all(network, !isCIDR(network) || "
                 "cidr(network).prefixLength() >= (cidr(network).ip().family() == 4 ? 8 : 32))",
                 "networks must be no wider than /8 (IPv6: /32): this would be an open relay; name the networks of your "
                 "applications",
-            )
+            ),
         ),
     ] = ()
     """Networks in CIDR notation that need not log in on listeners with authentication: Optional. Mind that Kubernetes
