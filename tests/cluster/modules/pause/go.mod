@@ -1,0 +1,3 @@
+module mailsluice.dev/tests/cluster/pause
+
+go 1.26.0
