@@ -13,9 +13,12 @@ Durations are seconds, sizes are octets (RFC 1870). Pure: bytes in, values out; 
 
 from __future__ import annotations
 
+import base64
 import enum
 import gzip
+import hashlib
 import io
+import re
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
@@ -28,6 +31,21 @@ MAXIMUM_ENCODED_SIZE: Final = 900 * 1024
 MAXIMUM_DECODED_SIZE: Final = 64 * 1024 * 1024
 """Octets after decompression; a configuration of 10,000 users takes about 3 MB."""
 
+
+IMPLEMENTED_SPAM_RULES: Final = frozenset(
+    {
+        "executableAttachment",
+        "forgedHeaderFrom",
+        "linkShortener",
+        "newNetworks",
+        "recipientBurst",
+        "sameBodyFanOut",
+    }
+)
+"""Names in `Spam.rules` that the relay acts on: the table in `suspicion.rules`, held equal by a test."""
+
+UNIMPLEMENTED_SPAM_RULES: Final = frozenset({"unknownRecipients", "volumeAnomaly"})
+"""Names that the resource accepts and this release does not act on, so that the operator can say so."""
 
 Credentials = Mapping[str, bytes]
 """The files of credentials/ by name, as they were read together."""
@@ -338,3 +356,94 @@ def decode(packed: bytes) -> Configuration:
         return msgspec.json.decode(text, type=Configuration)
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"config.json.gz: {error}") from error
+
+
+SCRYPT_COST: Final = (14, 8, 1)
+"""log2(N), r and p of `hash_password`: 16 MiB and about 45 ms of one core a hash."""
+_SCRYPT_KEY_LENGTH: Final = 32
+_SCRYPT_MAXIMUM_MEMORY: Final = 64 * 1024 * 1024
+
+_B64 = r"[A-Za-z0-9+/]"
+_BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")
+_SHA512_CRYPT = re.compile(r"\$6\$(?:rounds=([0-9]{1,7})\$)?[^$:\s]{0,16}\$[./A-Za-z0-9]{86}")
+_ARGON2ID = re.compile(rf"\$argon2id\$v=19\$m=([0-9]{{1,7}}),t=([0-9]{{1,3}}),p=([0-9]{{1,2}})\${_B64}+\${_B64}+")
+_SCRYPT = re.compile(rf"\$scrypt\$ln=([0-9]{{1,2}}),r=([0-9]{{1,3}}),p=([0-9]{{1,2}})\$({_B64}+)\$({_B64}+)")
+
+HASH_FORMATS: Final = "bcrypt ($2y$), argon2id, scrypt ($scrypt$) or SHA-512-crypt ($6$)"
+
+
+def is_supported_hash(text: str) -> bool:
+    """Whether the relay can verify a password against this hash, and at a cost that a login may have.
+
+    The bounds are there because verifying costs what the hash says: 64 MiB (scrypt) or 256 MiB (argon2id) of memory,
+    cost 15 (bcrypt), 1,000,000 rounds (SHA-512-crypt).
+    """
+    if _BCRYPT.fullmatch(text):
+        return True
+    if found := _SHA512_CRYPT.fullmatch(text):
+        return 1000 <= int(found[1] or 5000) <= 1_000_000
+    if found := _ARGON2ID.fullmatch(text):
+        memory, passes, lanes = int(found[1]), int(found[2]), int(found[3])
+        return 8 * lanes <= memory <= 256 * 1024 and 1 <= passes <= 64 and 1 <= lanes <= 16
+    if found := _SCRYPT.fullmatch(text):
+        log_n, r, p = int(found[1]), int(found[2]), int(found[3])
+        return (
+            all(len(found[part]) % 4 != 1 for part in (4, 5))  # base64 without padding
+            and 1 <= p <= 16
+            and r >= 1
+            and 1 <= log_n < 16 * r  # RFC 7914 section 2: N < 2^(128 * r / 8)
+            and 128 * r * 2**log_n <= _SCRYPT_MAXIMUM_MEMORY
+        )
+    return False
+
+
+def hash_password(password: str, salt: bytes) -> str:
+    """The password in the PHC form of scrypt (RFC 7914), as passlib writes it. The same arguments give the same text.
+
+    `salt` has at least 16 octets and is never used for two passwords.
+    """
+    if len(salt) < 16:
+        raise ValueError("a salt has at least 16 octets")
+    log_n, r, p = SCRYPT_COST
+    return f"$scrypt$ln={log_n},r={r},p={p}${_unpadded(salt)}${_unpadded(scrypt(password, salt, log_n, r, p))}"
+
+
+def scrypt(password: str, salt: bytes, log_n: int, r: int, p: int, length: int = _SCRYPT_KEY_LENGTH) -> bytes:
+    """RFC 7914; OpenSSL needs somewhat more than the 128 * r * N octets to be allowed."""
+    return hashlib.scrypt(
+        password.encode(), salt=salt, n=2**log_n, r=r, p=p, maxmem=_SCRYPT_MAXIMUM_MEMORY * 2, dklen=length
+    )
+
+
+def _unpadded(octets: bytes) -> str:
+    return base64.b64encode(octets).decode().rstrip("=")
+
+
+def parse_htpasswd(text: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of login and hash, in the order of an htpasswd file; blank lines and `#` lines are skipped.
+
+    Raises ConfigurationError, which names the line and never shows what stands after the colon (nor a line without
+    one: it may be a password).
+    """
+    pairs: list[tuple[str, str]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        login, colon, hashed = line.partition(":")
+        login, hashed = login.strip(), hashed.strip()
+        if not colon:
+            raise ConfigurationError(f"line {number}: no colon; a line is LOGIN:HASH, as `mailsluice passwd` prints it")
+        if not login:
+            raise ConfigurationError(f"line {number}: no login before the colon")
+        if any(character.isspace() or not character.isprintable() for character in login):
+            raise ConfigurationError(f"line {number}: the login has a space or a control character")
+        if len(login) > 320:
+            raise ConfigurationError(f"line {number}: the login is longer than 320 characters")
+        if not is_supported_hash(hashed):
+            raise ConfigurationError(
+                f"line {number}: the hash of {login} is in no supported format; use {HASH_FORMATS}, for example from "
+                "`mailsluice passwd`"
+            )
+        pairs.append((login, hashed))
+    return tuple(pairs)

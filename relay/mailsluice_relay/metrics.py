@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from mailsluice_relay.config import Configuration
+from mailsluice_relay.config import IMPLEMENTED_SPAM_RULES, Configuration
 from mailsluice_relay.reply import SUSPICION_REASONS, Reason, Result
 
 SIZES = tuple(1024.0 * 4**step for step in range(8))
@@ -27,6 +27,8 @@ QUEUE_STATES = ("active", "deferred", "held")
 DELIVERY_RESULTS = ("delivered", "deferred", "failed")
 BOUNCE_CLASSES = ("permanent", "expired", "policy")
 OTHER_USER = "other"
+USER_LIMIT = "smtp-user"
+"""The `limit` label of all limits that users have of their own: tenants name those."""
 
 
 class Metrics:
@@ -127,7 +129,9 @@ class Metrics:
             self.tls_sessions.labels(version)
         for mechanism in ("PLAIN", "LOGIN"):
             self.authentications.labels(mechanism, "success", Reason.ACCEPTED)
-            self.authentications.labels(mechanism, "failure", Reason.CREDENTIALS_INVALID)
+            for reason in (Reason.CREDENTIALS_INVALID, Reason.SHORT_LOGIN, Reason.TOO_MANY_FAILURES):
+                self.authentications.labels(mechanism, "failure", reason)
+            self.authentications.labels(mechanism, "error", Reason.AUTHENTICATION_UNAVAILABLE)
 
     def configure(self, configuration: Configuration, certificate_expiry: Mapping[str, float]) -> None:
         """Make the series that this configuration names.
@@ -154,7 +158,9 @@ class Metrics:
             self.upstream_throttled.labels(upstream.name)
         for limit in configuration.rate_limits:
             self.rate_limited.labels(limit.name)
-        for rule in configuration.spam.rules:
+        if any(user.rate_limits for user in configuration.authentication.users):
+            self.rate_limited.labels(USER_LIMIT)
+        for rule in IMPLEMENTED_SPAM_RULES.intersection(configuration.spam.rules or IMPLEMENTED_SPAM_RULES):
             self.spam_rule_hits.labels(rule)
         names = [user.login for user in configuration.authentication.users]
         self._users = frozenset(names[: configuration.monitoring.user_metrics_limit])

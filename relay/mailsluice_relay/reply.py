@@ -287,6 +287,11 @@ def rate_limited(limit: str, retry_after: float, reject: bool) -> Reply:
     return Reply(450, "4.7.1", f"Rate limit {limit} is used up; retry after {max(1, round(retry_after))} s")
 
 
+def more_than_limit(limit: str) -> Reply:
+    """The message alone is more than the limit lets through at once: trying again is to no purpose."""
+    return Reply(550, "5.7.1", f"The message alone is over rate limit {limit}; send it in smaller parts")
+
+
 def spam_rejected(reason: Reason) -> Reply:
     return Reply(550, "5.7.1", f"Message rejected as spam ({reason})")
 

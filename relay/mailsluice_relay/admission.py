@@ -1,0 +1,450 @@
+"""Who may send: authentication, ownership, limits and suspicion, composed to one verdict at each step of a session.
+
+The order at each step is from cheap to dear, and from what the client can mend to what it cannot: who are you, may you
+write as that, how much, what does it look like. A configuration is compiled whole to a `_Policy` and swapped in one
+assignment; limits, failures and histories outlive it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from mailsluice_relay import reply
+from mailsluice_relay.auth.directory import Directory, login_key
+from mailsluice_relay.auth.passwords import BusyError, Verifier
+from mailsluice_relay.auth.sasl import Attempt
+from mailsluice_relay.auth.throttle import Throttle
+from mailsluice_relay.config import (
+    Configuration,
+    ConfigurationError,
+    ListenerMode,
+    Ownership,
+    RateLimitAction,
+    User,
+)
+from mailsluice_relay.envelope import Client, Content, Envelope, Login, Mailbox, Recipient
+from mailsluice_relay.metrics import USER_LIMIT, Metrics
+from mailsluice_relay.policy.networks import Networks, source_network
+from mailsluice_relay.policy.ownership import NULL_SENDER, Domains, Rights, domain_key, is_local_name, rights
+from mailsluice_relay.policy.rates import Charge, MemoryStore, Quantity, Store, Subject, charges_of
+from mailsluice_relay.reply import Reason, Reply, Verdict
+from mailsluice_relay.smtp import header
+from mailsluice_relay.suspicion.behaviour import History
+from mailsluice_relay.suspicion.rules import BODY_PREFIX, Judge, Mail, Opinion
+
+_log = structlog.get_logger(__name__)
+
+_INVALID: Final = Verdict(reply.CREDENTIALS_INVALID, Reason.CREDENTIALS_INVALID)
+_UNAVAILABLE: Final = Verdict(reply.AUTHENTICATION_UNAVAILABLE, Reason.AUTHENTICATION_UNAVAILABLE)
+_MAXIMUM_SHOWN: Final = 200
+"""Characters of an address in a reply."""
+
+
+@dataclass(frozen=True, slots=True)
+class Authentication:
+    """How an AUTH exchange ended. `login` is None unless it succeeded."""
+
+    login: Login | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is to be done with a message."""
+
+    verdict: Verdict
+    """Positive: it may be queued. Else its reply is the answer to the data."""
+    content: Content
+    """With the relay's header fields when the verdict is positive."""
+    suspected: bool = False
+    held: bool = False
+    reason: Reason = Reason.ACCEPTED
+    score: float = 0.0
+    charges: tuple[Charge, ...] = ()
+    """What `Admission.refund` gives back."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """Who sends: a configured user, or nobody but the network that lets the client in."""
+
+    user: User | None
+    rights: Rights | None
+    network: str
+
+    @property
+    def name(self) -> str:
+        return self.user.login if self.user is not None else f"network {self.network}"
+
+    @property
+    def key(self) -> str:
+        return login_key(self.user.login) if self.user is not None else f"network {self.network}"
+
+
+class _Policy:
+    """One configuration, compiled. Raises ConfigurationError."""
+
+    def __init__(self, configuration: Configuration, key: bytes) -> None:
+        self.configuration = configuration
+        authentication = configuration.authentication
+        self.directory = Directory(authentication, key=key)
+        self.rights = {user.login: rights(user.login, user.senders) for user in authentication.users}
+        self.allowed_networks = Networks(authentication.allowed_networks, "authentication.allowedNetworks")
+        self.sender_domains = Domains(configuration.senders.allowed_domains, "senders.allowedDomains")
+        self.recipient_domains = Domains(configuration.recipients.allowed_domains, "recipients.allowedDomains")
+        # Without a list, a client that is let in by its network may send as what the logins own, and no more.
+        self.network_domains = self.sender_domains or Domains(
+            {user.login.rpartition("@")[2] for user in authentication.users if "@" in user.login},
+            "authentication.users",
+        )
+        self.judge = Judge(configuration.spam)
+        self.listeners = {listener.name: listener for listener in configuration.listeners}
+        self.ownership = configuration.senders.ownership
+        self.default_from = _default_from(configuration.senders.default_from)
+
+    def lets_in(self, client: Client) -> bool:
+        """Whether the client may send without a login."""
+        listener = self.listeners.get(client.listener)
+        return listener is not None and not listener.authentication_required and client.address in self.allowed_networks
+
+    def login_required(self, client: Client) -> Verdict:
+        """What a client without login is told: first TLS, where AUTH is not offered without."""
+        listener = self.listeners.get(client.listener)
+        if (
+            client.tls is None
+            and listener is not None
+            and listener.mode is ListenerMode.START_TLS
+            and not listener.allow_plaintext_authentication
+        ):
+            return Verdict(reply.TLS_REQUIRED, Reason.TLS_REQUIRED)
+        return Verdict(reply.AUTHENTICATION_REQUIRED, Reason.AUTHENTICATION_REQUIRED)
+
+    def owns(self, identity: _Identity, sender: Mailbox | None) -> bool:
+        """Whether the address is the identity's own, as far as the relay looks at that."""
+        if identity.rights is None:  # who has no login was granted nothing, `<>` neither
+            return sender is not None
+        return self.ownership is Ownership.OFF or sender == self.default_from or identity.rights.owns(sender)
+
+    def sender_refused(self, identity: _Identity, sender: Mailbox | None) -> Reason | None:
+        """Why this identity may not send as this address; None: it may."""
+        enforced = identity.rights is None or self.ownership is not Ownership.LOG
+        if enforced and not self.owns(identity, sender):
+            return Reason.SENDER_NOT_OWNED
+        if sender is None:
+            return None
+        domains = self.sender_domains if identity.rights is not None else self.network_domains
+        if identity.rights is None and not domains:
+            return Reason.SENDER_DOMAIN_NOT_ALLOWED
+        return None if domains.allows(sender.domain) else Reason.SENDER_DOMAIN_NOT_ALLOWED
+
+
+class Admission:
+    """Decides for all sessions of a process. Raises ConfigurationError."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        metrics: Metrics,
+        monotonic: Callable[[], float],
+        now: Callable[[], float],
+        key: bytes | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self._metrics = metrics
+        self._monotonic = monotonic
+        self._now = now
+        # It decides nothing that can be seen from outside, so that a test needs none and a process has its own.
+        self._key = key or os.urandom(32)  # noqa: TID251 - a secret of this object alone
+        self._policy = _Policy(configuration, self._key)
+        self._verifier = Verifier(key=self._key, monotonic=monotonic)
+        self._throttle = Throttle(configuration.authentication.failures)
+        self._store = store or MemoryStore(monotonic)
+        self._history = History()
+
+    def reconfigure(self, configuration: Configuration) -> None:
+        """Use this configuration from the next step of any session on. Raises ConfigurationError and keeps the old."""
+        self._policy = _Policy(configuration, self._key)
+        self._throttle.reconfigure(configuration.authentication.failures)
+
+    async def close(self) -> None:
+        self._verifier.close()
+
+    # --- AUTH -------------------------------------------------------------------------------------------------------
+
+    async def authenticate(self, client: Client, attempt: Attempt) -> Authentication:
+        """Who logs in. Changes nothing of the client: the session does."""
+        authentication = await self._authenticate(client, attempt)
+        verdict = authentication.verdict
+        result = "success" if authentication.login else "error" if verdict.reason is _UNAVAILABLE.reason else "failure"
+        self._metrics.authentications.labels(attempt.mechanism, result, verdict.reason).inc()
+        return authentication
+
+    async def _authenticate(self, client: Client, attempt: Attempt) -> Authentication:
+        directory = self._policy.directory
+        network = source_network(client.address)
+        login = login_key(attempt.login)
+        if self._throttle.refuses(network, login, self._monotonic()):
+            return Authentication(None, Verdict(reply.TOO_MANY_FAILURES, Reason.TOO_MANY_FAILURES))
+        if directory.is_short(attempt.login):
+            return self._failed(client, network, login, Verdict(reply.SHORT_LOGIN, Reason.SHORT_LOGIN))
+        # Nobody may act for another (RFC 4616 section 2: the server decides whether authcid may act as authzid).
+        if attempt.authorization and login_key(attempt.authorization) != login:
+            return self._failed(client, network, login, _INVALID)
+        candidate = directory.candidate(attempt.login)
+        try:
+            is_right = await self._verifier.verify(login, attempt.password, candidate.hashes, network)
+        except BusyError:
+            return Authentication(None, _UNAVAILABLE)
+        user = candidate.user
+        if user is None or not is_right:
+            return self._failed(client, network, login, _INVALID)
+        self._throttle.succeeded(network, login, self._monotonic())
+        return Authentication(
+            Login(user.login, attempt.mechanism, user.namespace), Verdict(reply.AUTHENTICATED, Reason.ACCEPTED)
+        )
+
+    def _failed(self, client: Client, network: str, login: str, verdict: Verdict) -> Authentication:
+        self._throttle.failed(network, login, self._monotonic())
+        allowed = self._policy.configuration.authentication.failures.per_connection
+        if client.authentication_failures + 1 >= allowed:
+            return Authentication(None, Verdict(reply.TOO_MANY_FAILURES, Reason.TOO_MANY_FAILURES))
+        return Authentication(None, verdict)
+
+    # --- MAIL, RCPT -------------------------------------------------------------------------------------------------
+
+    async def mail(self, client: Client, envelope: Envelope) -> Verdict:
+        """The reverse-path: who sends, may they write as that, and is there anything left of their limits."""
+        policy = self._policy
+        identity = self._identify(policy, client)
+        if isinstance(identity, Verdict):
+            return identity
+        if policy.default_from is not None and envelope.sender is not None and is_local_name(envelope.sender.domain):
+            envelope.sender = policy.default_from
+        reason = policy.sender_refused(identity, envelope.sender)
+        if reason is not None:
+            return Verdict(_sender_refused(reason, identity, envelope.sender, reply.sender_not_owned), reason)
+        if not policy.owns(identity, envelope.sender):
+            _log.warning(
+                "sender not owned",
+                reason=Reason.SENDER_NOT_OWNED,
+                session=client.session_id,
+                login=identity.name,
+                sender=self._logged(envelope.sender),
+            )
+        least = Quantity(messages=1, recipients=1, octets=envelope.declared_size or 1)
+        decision = await self._store.peek(self._charges(policy, identity, client, envelope, least))
+        if decision.exceeded is not None:
+            return self._rate_limited(decision.exceeded, decision.retry_after)
+        return Verdict(reply.SENDER_OK, Reason.ACCEPTED)
+
+    def recipient(self, client: Client, envelope: Envelope, recipient: Recipient) -> Verdict:
+        """The forward-path: is its domain one that mail may go to."""
+        domain = recipient.mailbox.domain
+        if not self._policy.recipient_domains.allows(domain):
+            return Verdict(
+                reply.recipient_domain_not_allowed(_shown(domain or str(recipient.mailbox))),
+                Reason.RECIPIENT_DOMAIN_NOT_ALLOWED,
+            )
+        return Verdict(reply.RECIPIENT_OK, Reason.ACCEPTED)
+
+    # --- the data ---------------------------------------------------------------------------------------------------
+
+    async def message(self, client: Client, envelope: Envelope, content: Content, *, queue_id: str) -> Judgement:
+        """The whole message: its authors, its limits, its looks. Charges the limits when it may be queued."""
+        policy = self._policy
+        identity = self._identify(policy, client)
+        if isinstance(identity, Verdict):  # gone or suspended since MAIL
+            return _refused(identity, content)
+        try:
+            fields, authors = _read_header(policy, envelope, content)
+        except header.HeaderError as error:
+            return _refused(Verdict(reply.header_malformed(str(error)), Reason.HEADER_MALFORMED), content)
+        if header.received_count(fields) > header.MAXIMUM_RECEIVED:
+            return _refused(Verdict(reply.MAIL_LOOP, Reason.MAIL_LOOP), content)
+
+        for author in authors:
+            reason = policy.sender_refused(identity, author.mailbox)
+            if reason is not None:
+                answer = _sender_refused(reason, identity, author.mailbox, reply.header_from_not_owned)
+                if reason is Reason.SENDER_NOT_OWNED:
+                    reason = Reason.HEADER_FROM_NOT_OWNED
+                return _refused(Verdict(answer, reason), content)
+
+        quantity = Quantity(messages=1, recipients=len(envelope.recipients), octets=content.size)
+        charges = self._charges(policy, identity, client, envelope, quantity)
+        decision = await self._store.charge(charges)
+        if decision.exceeded is not None:
+            return _refused(self._rate_limited(decision.exceeded, decision.retry_after), content)
+
+        opinion = policy.judge.opinion(
+            Mail(
+                header=content.header,
+                body=_prefix(content.body.chunks(), BODY_PREFIX),
+                authors=authors,
+                owns=lambda mailbox: policy.owns(identity, mailbox),
+                recipients=len(envelope.recipients),
+                network=identity.network,
+                now=self._monotonic(),
+                behaviour=self._history.of(identity.key),
+            )
+        )
+        self._count(opinion, identity, client, queue_id)
+        if opinion.rejected:
+            return Judgement(
+                Verdict(reply.spam_rejected(opinion.reason), opinion.reason),
+                content,
+                suspected=True,
+                reason=opinion.reason,
+                score=opinion.score,
+            )
+        trace = header.Trace(
+            hostname=policy.configuration.hostname,
+            hello=client.hello,
+            client_address=client.address,
+            protocol=header.protocol(
+                extended=client.extended,
+                tls=client.tls is not None,
+                authenticated=client.login is not None,
+                internationalized=envelope.internationalized,
+            ),
+            queue_id=queue_id,
+            date=self._now(),
+        )
+        prepared = header.prepare(fields, trace, sender=envelope.sender, suspected=_mark(opinion))
+        reason = opinion.reason if opinion.suspected else Reason.ACCEPTED
+        return Judgement(
+            Verdict(reply.OK, reason),
+            Content(prepared, content.body),
+            suspected=opinion.suspected,
+            held=opinion.held,
+            reason=reason,
+            score=opinion.score,
+            charges=charges,
+        )
+
+    def refund(self, judgement: Judgement) -> None:
+        """Give back what `message` charged: the spool did not take it."""
+        self._store.refund(judgement.charges)
+
+    # --- shared -----------------------------------------------------------------------------------------------------
+
+    def _identify(self, policy: _Policy, client: Client) -> _Identity | Verdict:
+        """Who the client is now. Asked at every message, so that who was removed or suspended stops at once."""
+        network = source_network(client.address)
+        if client.login is None:
+            return _Identity(None, None, network) if policy.lets_in(client) else policy.login_required(client)
+        user = policy.directory.user(client.login.name)
+        if user is None:
+            return Verdict(reply.AUTHENTICATION_REQUIRED, Reason.AUTHENTICATION_REQUIRED)
+        if user.suspended:
+            return Verdict(reply.login_suspended(_shown(user.login)), Reason.LOGIN_SUSPENDED)
+        return _Identity(user, policy.rights[user.login], network)
+
+    def _charges(
+        self, policy: _Policy, identity: _Identity, client: Client, envelope: Envelope, quantity: Quantity
+    ) -> tuple[Charge, ...]:
+        user = identity.user
+        subject = Subject(
+            user=identity.key,
+            namespace=(user and user.namespace) or policy.configuration.relay.namespace,
+            network=identity.network,
+            sender_domain=(domain_key(envelope.sender.domain) or "") if envelope.sender is not None else "",
+        )
+        own = user.rate_limits if user is not None else ()
+        return charges_of(policy.configuration.rate_limits, own, subject, quantity)
+
+    def _rate_limited(self, charge: Charge, retry_after: float) -> Verdict:
+        limit = charge.limit
+        self._metrics.rate_limited.labels(USER_LIMIT if charge.is_own else limit.name).inc()
+        if math.isinf(retry_after):
+            return Verdict(reply.more_than_limit(limit.name), Reason.RATE_LIMITED)
+        is_final = limit.action is RateLimitAction.REJECT
+        return Verdict(reply.rate_limited(limit.name, retry_after, is_final), Reason.RATE_LIMITED)
+
+    def _count(self, opinion: Opinion, identity: _Identity, client: Client, queue_id: str) -> None:
+        self._metrics.spam_score.observe(opinion.score)
+        for hit in opinion.hits:
+            self._metrics.spam_rule_hits.labels(hit.rule).inc()
+            _log.warning(
+                "suspicion",
+                reason=hit.reason,
+                rule=hit.rule,
+                observed=hit.observed,
+                threshold=hit.threshold,
+                score=hit.score,
+                login=identity.name,
+                network=identity.network,
+                session=client.session_id,
+                queue_id=queue_id,
+            )
+
+    def _logged(self, mailbox: Mailbox | None) -> str:
+        if mailbox is None:
+            return NULL_SENDER
+        return f"***@{mailbox.domain}" if self._policy.configuration.logging.redact_addresses else str(mailbox)
+
+
+def _default_from(address: str | None) -> Mailbox | None:
+    if address is None:
+        return None
+    local_part, at, domain = address.rpartition("@")
+    if not at or not local_part or domain_key(domain) is None:
+        raise ConfigurationError(f"senders.defaultFrom: {address!r} is no address; expected user@domain")
+    return Mailbox(local_part, domain)
+
+
+def _read_header(
+    policy: _Policy, envelope: Envelope, content: Content
+) -> tuple[tuple[header.Field, ...], tuple[header.Author, ...]]:
+    """The fields as they are sent on, and their authors. Raises HeaderError."""
+    fields = header.parse(content.header)
+    authors = header.authors(fields, internationalized=envelope.internationalized)
+    if policy.default_from is not None:
+        fields = header.readdress(fields, authors, is_local_name, policy.default_from)
+        authors = header.authors(fields, internationalized=envelope.internationalized)
+    if envelope.sender is None and not any(author.field == "from" for author in authors):
+        raise header.HeaderError("From is missing, and the reverse-path is <>")
+    return fields, authors
+
+
+def _sender_refused(
+    reason: Reason, identity: _Identity, sender: Mailbox | None, not_owned: Callable[[str, str], Reply]
+) -> Reply:
+    if reason is Reason.SENDER_DOMAIN_NOT_ALLOWED and sender is not None:
+        return reply.sender_domain_not_allowed(_shown(sender.domain))
+    return not_owned(_shown(identity.name), NULL_SENDER if sender is None else _shown(str(sender)))
+
+
+def _shown(text: str) -> str:
+    """Text of the client's or the configuration's, fit for a reply: replies are ASCII (RFC 5321 section 4.2)."""
+    return text.encode("ascii", "backslashreplace").decode()[:_MAXIMUM_SHOWN]
+
+
+def _refused(verdict: Verdict, content: Content) -> Judgement:
+    return Judgement(verdict, content, reason=verdict.reason)
+
+
+def _prefix(chunks: Iterable[bytes], limit: int) -> bytes:
+    """The first octets of a body, reading no more of it than that takes."""
+    taken: list[bytes] = []
+    room = limit
+    for chunk in chunks:
+        taken.append(chunk[:room])
+        room -= len(taken[-1])
+        if room <= 0:
+            break
+    return taken[0] if len(taken) == 1 else b"".join(taken)
+
+
+def _mark(opinion: Opinion) -> str:
+    """The text of the header field for whoever gets a suspected message: names and numbers, nothing of the client's."""
+    if not opinion.suspected:
+        return ""
+    return f"{opinion.reason}; score={opinion.score:g}; rules={','.join(hit.rule for hit in opinion.hits)}"

@@ -1,0 +1,482 @@
+"""Header fields: reading them as the receiver will, and the relay's own work on them. Pure.
+
+What is judged must be what the receiver shows. Where mail programs are known to differ (two From fields, a space
+before the colon, a line of blanks inside the header, a comment inside an address), the header is refused with
+`HeaderError` and not interpreted: whichever reading we chose, somebody would see the other one.
+
+Octets outside ASCII are let through in field bodies, as UTF-8 in those with addresses (RFC 6532); in an address itself
+they need SMTPUTF8. Encoded words (RFC 2047) are decoded for display names only, never into an address.
+"""
+
+from __future__ import annotations
+
+import datetime
+import email.errors
+import email.header
+import email.utils
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from mailsluice_relay.envelope import Mailbox
+
+MAXIMUM_HEADER: Final = 256 * 1024
+"""Octets of the whole header section."""
+MAXIMUM_FIELDS: Final = 1000
+MAXIMUM_LINE: Final = 998
+"""Octets without CRLF (RFC 5322 section 2.1.1)."""
+MAXIMUM_RECEIVED: Final = 50
+"""Hops after which mail is taken to go round. As Postfix's hopcount_limit; RFC 5321 section 6.3 would have 100 for
+servers in the middle of a path, and here it begins."""
+MAXIMUM_AUTHORS: Final = 100
+
+AUTHOR_FIELDS: Final = ("from", "sender", "resent-from", "resent-sender")
+"""Fields that say who wrote or sent the message (RFC 5322 sections 3.6.2 and 3.6.6)."""
+
+SUSPECTED_FIELD: Final = "X-Mailsluice-Suspected"
+
+_SINGLE_FIELDS: Final = frozenset(
+    {
+        *("from", "sender", "reply-to", "subject", "date", "message-id"),
+        *("mime-version", "content-type", "content-transfer-encoding"),
+    }
+)
+"""Fields that stand at most once (RFC 5322 section 3.6), as far as a second one shows or hides something."""
+
+_REMOVED_FIELDS: Final = frozenset({"bcc", "resent-bcc", SUSPECTED_FIELD.lower()})
+"""Whom a blind copy went to is nobody's business (RFC 5322 section 3.6.3); the mark is ours to set."""
+
+_FIELD_NAME = re.compile(rb"[!-9;-~]+")
+
+
+class HeaderError(ValueError):
+    """The header can be read in more than one way, or in none. The text is fit for the reply."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A header field. `key` is the name in lower case, `value` the unfolded body, `raw` all octets with their CRLFs."""
+
+    key: str
+    value: bytes
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """An address in one of AUTHOR_FIELDS, and what a mail program shows beside it."""
+
+    field: str
+    mailbox: Mailbox
+    display: str
+    """Display name and comments, encoded words decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the Received field tells (RFC 5321 section 4.4)."""
+
+    hostname: str
+    hello: str
+    client_address: str
+    protocol: str
+    queue_id: str
+    date: float
+    """Seconds since the epoch."""
+
+
+# --- fields ---------------------------------------------------------------------------------------------------------
+
+
+def parse(header: bytes) -> tuple[Field, ...]:
+    """The fields of a header section in which every line ends with CRLF. Raises HeaderError."""
+    if len(header) > MAXIMUM_HEADER:
+        raise HeaderError(f"it is larger than {MAXIMUM_HEADER} octets")
+    if not header:
+        return ()
+    if b"\0" in header:
+        raise HeaderError("it contains NUL")
+    if not header.endswith(b"\r\n"):
+        raise HeaderError("its last line does not end with CRLF")
+    lines = header[:-2].split(b"\r\n")
+    groups: list[list[bytes]] = []
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAXIMUM_LINE:
+            raise HeaderError(f"line {number} is longer than {MAXIMUM_LINE} octets")
+        if b"\r" in line or b"\n" in line:
+            raise HeaderError(f"line {number} contains a bare CR or a bare LF")
+        if line[:1] in (b" ", b"\t"):
+            if not groups:
+                raise HeaderError("it begins with a continuation line")
+            if not line.strip(b" \t"):  # some programs take such a line for the end of the header
+                raise HeaderError(f"line {number} is blank")
+            groups[-1].append(line)
+        elif not line:
+            raise HeaderError(f"line {number} is empty")
+        else:
+            groups.append([line])
+    if len(groups) > MAXIMUM_FIELDS:
+        raise HeaderError(f"it has more than {MAXIMUM_FIELDS} fields")
+    fields = tuple(_field(group) for group in groups)
+    seen: set[str] = set()
+    for field in fields:
+        if field.key in _SINGLE_FIELDS and field.key in seen:
+            raise HeaderError(f"the field {field.key} stands twice")
+        seen.add(field.key)
+    return fields
+
+
+def _field(lines: Sequence[bytes]) -> Field:
+    name, colon, rest = lines[0].partition(b":")
+    if not colon:
+        raise HeaderError("a line has no colon")
+    if not _FIELD_NAME.fullmatch(name):
+        raise HeaderError("a field name has a blank or an octet that is not printable ASCII")
+    # Unfolding removes the CRLF and keeps the blanks (RFC 5322 section 2.2.3).
+    value = b"".join((rest, *lines[1:])).strip(b" \t")
+    return Field(name.decode("ascii").lower(), value, b"\r\n".join(lines) + b"\r\n")
+
+
+def value_of(fields: Iterable[Field], key: str) -> bytes | None:
+    return next((field.value for field in fields if field.key == key), None)
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
+
+
+def authors(fields: Iterable[Field], *, internationalized: bool) -> tuple[Author, ...]:
+    """All addresses of the AUTHOR_FIELDS. Raises HeaderError when one cannot be read in exactly one way."""
+    found: list[Author] = []
+    for field in fields:
+        if field.key not in AUTHOR_FIELDS:
+            continue
+        try:
+            text = field.value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise HeaderError(f"the field {field.key} is neither ASCII nor UTF-8") from error
+        addresses = _AddressList(text, field.key).parse()
+        if not addresses:
+            raise HeaderError(f"the field {field.key} has no address")
+        for author in addresses:
+            if author.mailbox.is_internationalized and not internationalized:
+                raise HeaderError(f"an address in the field {field.key} is not ASCII; give SMTPUTF8 with MAIL")
+            found.append(author)
+        if len(found) > MAXIMUM_AUTHORS:
+            raise HeaderError(f"it names more than {MAXIMUM_AUTHORS} authors")
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    kind: str
+    """atom, quoted, literal, comment, or the special character itself."""
+    text: str
+    """As written; of a comment what is inside."""
+    start: int
+    end: int
+
+
+_ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~\u0080-\U0010ffff]+")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_LITERAL = re.compile(r"\[[^\[\]\\]*\]")
+_QUOTED_PAIR = re.compile(r"\\(.)")
+_ENCODED_WORD = re.compile(r"=\?[^?]*\?[bBqQ]\?[^?]*\?=")
+_SPECIALS = frozenset("<>@,;:.")
+_MAXIMUM_COMMENT_DEPTH = 16
+
+
+def _is_forbidden(character: str) -> bool:
+    """Controls (C0 save TAB, DEL, C1), and separators and directions that change what a reader sees."""
+    code = ord(character)
+    return (
+        (code < 0x20 and character != "\t")
+        or 0x7F <= code < 0xA0
+        or code in {0x2028, 0x2029}
+        or 0x202A <= code <= 0x202E
+        or 0x2066 <= code <= 0x2069
+    )
+
+
+class _AddressList:
+    """A parser of RFC 5322 section 3.4 `address-list`, with the obsolete route, and dots in display names.
+
+    Refused, though section 4.4 allows it: blanks and comments inside an address.
+    """
+
+    def __init__(self, text: str, field: str) -> None:
+        self._field = field
+        if any(_is_forbidden(character) for character in text):
+            raise self._error("has a control character")
+        self._tokens = self._scan(text)
+        self._position = 0
+
+    def parse(self) -> list[Author]:
+        found: list[Author] = []
+        in_group = False
+        while self._kind != "end":
+            if self._kind in {"comment", ","}:  # a list element may be empty (RFC 5322 section 4.4)
+                self._next()
+            elif self._kind == ";":
+                if not in_group:
+                    raise self._error("has a semicolon outside a group")
+                in_group = False
+                self._next()
+                self._expect_end_of_address()
+            else:
+                author = self._address(in_group)
+                if author is None:
+                    in_group = True
+                else:
+                    found.append(author)
+        if in_group:
+            raise self._error("has a group without its semicolon")
+        return found
+
+    def _address(self, in_group: bool) -> Author | None:
+        """One mailbox; None when a group began."""
+        words: list[_Token] = []
+        comments: list[str] = []
+        while self._kind in {"atom", "quoted", "literal", ".", "comment"}:
+            token = self._next()
+            if token.kind == "comment":
+                comments.append(token.text)
+            else:
+                words.append(token)
+        if self._kind == "<":
+            mailbox = self._angle()
+            display = _display(words)
+        elif self._kind == "@":
+            mailbox = self._plain(words)
+            display = ""
+        elif self._kind == ":" and words and not in_group:
+            self._next()
+            return None
+        else:
+            raise self._error("has something that is no address")
+        while self._kind == "comment":
+            comments.append(self._next().text)
+        self._expect_end_of_address()
+        shown = " ".join(part for part in (display, *(decoded(comment) for comment in comments)) if part)
+        return Author(self._field, mailbox, shown)
+
+    def _angle(self) -> Mailbox:
+        self._next()
+        if self._kind == "@":  # obs-route: "@" domain *("," "@" domain) ":"; what it says is ignored
+            while self._kind == "@":
+                self._next()
+                self._domain()
+                while self._kind == ",":
+                    self._next()
+            if self._kind != ":":
+                raise self._error("has a route that does not end")
+            self._next()
+        words: list[_Token] = []
+        while self._kind in {"atom", "quoted", "."}:
+            words.append(self._next())
+        mailbox = self._plain(words)
+        if self._kind != ">":
+            raise self._error("has an address without its closing bracket")
+        self._next()
+        return mailbox
+
+    def _plain(self, words: Sequence[_Token]) -> Mailbox:
+        """local-part "@" domain, of which `words` is the local part, in one piece."""
+        if self._kind != "@":
+            raise self._error("has an address without a domain")
+        at = self._next()
+        domain, start = self._domain()
+        parts = [*words, at]
+        together = all(left.end == right.start for left, right in itertools.pairwise(parts))
+        if not words or not together or start != at.end:
+            raise self._error("has a blank or a comment inside an address")
+        local_part = "".join(token.text for token in words)
+        if len(words) % 2 == 0 or any((token.kind == ".") != (index % 2 == 1) for index, token in enumerate(words)):
+            raise self._error("has a local part with a misplaced dot or quote")
+        if any(token.kind == "literal" for token in words):
+            raise self._error("has brackets in a local part")
+        # RFC 2047 section 5: never within an address; a program that decodes it there would see another address.
+        if _ENCODED_WORD.search(local_part) or _ENCODED_WORD.search(domain):
+            raise self._error("has an encoded word in an address")
+        return Mailbox(local_part, domain)
+
+    def _domain(self) -> tuple[str, int]:
+        """dot-atom or domain-literal, and where it starts."""
+        token = self._next()
+        if token.kind == "literal":
+            return token.text, token.start
+        if token.kind != "atom":
+            raise self._error("has an address without a domain")
+        text, start, end = token.text, token.start, token.end
+        while self._kind == ".":
+            dot, label = self._next(), self._next()
+            if label.kind != "atom" or dot.start != end or label.start != dot.end:
+                raise self._error("has a domain with a misplaced dot or blank")
+            text, end = f"{text}.{label.text}", label.end
+        return text, start
+
+    def _expect_end_of_address(self) -> None:
+        if self._kind not in {",", ";", "comment", "end"}:
+            raise self._error("has more than an address between commas")
+
+    @property
+    def _kind(self) -> str:
+        return self._tokens[self._position].kind
+
+    def _next(self) -> _Token:
+        token = self._tokens[self._position]
+        if token.kind != "end":
+            self._position += 1
+        return token
+
+    def _error(self, what: str) -> HeaderError:
+        return HeaderError(f"the field {self._field} {what}")
+
+    def _scan(self, text: str) -> list[_Token]:
+        tokens: list[_Token] = []
+        position = 0
+        while position < len(text):
+            character = text[position]
+            if character in " \t":
+                position += 1
+                continue
+            if character == "(":
+                token = self._comment(text, position)
+            elif character in _SPECIALS:
+                token = _Token(character, character, position, position + 1)
+            elif found := _QUOTED.match(text, position):
+                token = _Token("quoted", found[0], position, found.end())
+            elif found := _LITERAL.match(text, position):
+                token = _Token("literal", found[0], position, found.end())
+            elif found := _ATOM.match(text, position):
+                token = _Token("atom", found[0], position, found.end())
+            else:
+                raise self._error(f"has a misplaced {character}")
+            tokens.append(token)
+            position = token.end
+        tokens.append(_Token("end", "", len(text), len(text)))
+        return tokens
+
+    def _comment(self, text: str, start: int) -> _Token:
+        depth = 0
+        position = start
+        while position < len(text):
+            character = text[position]
+            if character == "\\":
+                position += 1
+            elif character == "(":
+                depth += 1
+                if depth > _MAXIMUM_COMMENT_DEPTH:
+                    break
+            elif character == ")":
+                depth -= 1
+                if depth == 0:
+                    return _Token("comment", text[start + 1 : position], start, position + 1)
+            position += 1
+        raise self._error("has a comment that does not end")
+
+
+def _display(words: Sequence[_Token]) -> str:
+    pieces: list[str] = []
+    for index, token in enumerate(words):
+        if index and words[index - 1].end != token.start:
+            pieces.append(" ")
+        pieces.append(_QUOTED_PAIR.sub(r"\1", token.text[1:-1]) if token.kind == "quoted" else token.text)
+    return decoded("".join(pieces))
+
+
+def decoded(text: str) -> str:
+    """The text with its encoded words decoded, as a mail program shows it; as it is where they are broken.
+
+    Encoded words within quotes are decoded too: they should not be (RFC 2047 section 5), and programs do.
+    """
+    if "=?" not in text:
+        return text
+    try:
+        return str(email.header.make_header(email.header.decode_header(text)))
+    except (email.errors.MessageError, ValueError, LookupError):  # bad base64, octets or charset
+        return text
+
+
+# --- the relay's own work -------------------------------------------------------------------------------------------
+
+
+def received_count(fields: Iterable[Field]) -> int:
+    return sum(field.key == "received" for field in fields)
+
+
+def readdress(
+    fields: Sequence[Field], found: Sequence[Author], is_local: Callable[[str], bool], replacement: Mailbox
+) -> tuple[Field, ...]:
+    """The fields with `replacement` for an author that is an account of some machine (`root@localhost`).
+
+    Where From has such an author it becomes the replacement under the same display name, and what it was becomes
+    Reply-To unless there is one; such a Sender goes away.
+    """
+    local = {author.field: author for author in found if is_local(author.mailbox.domain)}
+    changed: list[Field] = []
+    for field in fields:
+        if field.key == "sender" and "sender" in local:
+            continue
+        if field.key == "from" and "from" in local:
+            name = email.utils.formataddr((local["from"].display, str(replacement)))
+            changed.append(_new_field("From", name.encode("ascii", "replace")))
+            if not any(other.key == "reply-to" for other in fields):
+                changed.append(_new_field("Reply-To", field.value))
+            continue
+        changed.append(field)
+    return tuple(changed)
+
+
+def _new_field(name: str, value: bytes) -> Field:
+    return Field(name.lower(), value, name.encode() + b": " + value + b"\r\n")
+
+
+def prepare(
+    fields: Sequence[Field],
+    trace: Trace,
+    *,
+    sender: Mailbox | None,
+    suspected: str = "",
+) -> bytes:
+    """The header section to send on: Received before it, what a submission lacks after it (RFC 6409 section 8).
+
+    Added when missing: Date, Message-ID, and From out of the reverse-path. Removed: Bcc. `suspected` is the text of
+    the mark for receivers; empty for none. Every other field stays octet for octet, for the sake of signatures.
+    """
+    present = {field.key for field in fields}
+    date = email.utils.format_datetime(datetime.datetime.fromtimestamp(int(trace.date), datetime.UTC))
+    lines = [_received(trace, date)]
+    if suspected:
+        lines.append(f"{SUSPECTED_FIELD}: {suspected}\r\n".encode("ascii", "backslashreplace"))
+    lines += [field.raw for field in fields if field.key not in _REMOVED_FIELDS]
+    if "from" not in present and sender is not None:
+        lines.append(f"From: <{sender}>\r\n".encode())
+    if "date" not in present:
+        lines.append(f"Date: {date}\r\n".encode())
+    if "message-id" not in present:
+        lines.append(f"Message-ID: <{trace.queue_id}@{trace.hostname}>\r\n".encode())
+    return b"".join(lines)
+
+
+_HELLO = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
+
+
+def _received(trace: Trace, date: str) -> bytes:
+    """No `for` clause, and no login: neither is for the eyes of whoever gets the mail."""
+    hello = trace.hello if _HELLO.fullmatch(trace.hello) else "unknown"
+    literal = f"IPv6:{trace.client_address}" if ":" in trace.client_address else trace.client_address
+    return (
+        f"Received: from {hello} ([{literal}])\r\n"
+        f"\tby {trace.hostname} with {trace.protocol} id {trace.queue_id};\r\n"
+        f"\t{date}\r\n"
+    ).encode()
+
+
+def protocol(*, extended: bool, tls: bool, authenticated: bool, internationalized: bool) -> str:
+    """The `with` of Received (RFC 3848; RFC 6531 section 4.3)."""
+    if not extended:
+        return "SMTP"
+    name = "UTF8SMTP" if internationalized else "ESMTP"
+    return f"{name}{'S' if tls else ''}{'A' if authenticated else ''}"

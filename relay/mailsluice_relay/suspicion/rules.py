@@ -1,0 +1,272 @@
+"""The rules of suspicion: each one function, in one table with its reason and its default settings.
+
+A rule looks at one message and says what it observed, or None. Scores of all rules that hit are summed; three
+thresholds say what a sum means. A new rule is a function and a line in RULES, its name in
+`config.IMPLEMENTED_SPAM_RULES`, and a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from mailsluice_relay.config import (
+    UNIMPLEMENTED_SPAM_RULES,
+    ConfigurationError,
+    Spam,
+    SpamRule,
+)
+from mailsluice_relay.envelope import Mailbox
+from mailsluice_relay.reply import Reason
+from mailsluice_relay.smtp.header import Author
+from mailsluice_relay.suspicion import mime
+from mailsluice_relay.suspicion.behaviour import Behaviour
+
+BODY_PREFIX: Final = 1024 * 1024
+"""Octets of the body that rules see."""
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A message as rules see it."""
+
+    header: bytes
+    body: bytes
+    """At most BODY_PREFIX octets."""
+    authors: Sequence[Author]
+    owns: Callable[[Mailbox], bool]
+    """Whether an address is the sender's own; an author that is not was let through (ownership Log)."""
+    recipients: int
+    network: str
+    """Where the client is; a prefix."""
+    now: float
+    """Monotonic seconds."""
+    behaviour: Behaviour
+
+    @cached_property
+    def parts(self) -> Sequence[mime.Part]:
+        return tuple(mime.parts(self.header, self.body))
+
+    @cached_property
+    def text(self) -> bytes:
+        """All text parts, decoded."""
+        return b"\r\n".join(part.decoded(BODY_PREFIX) for part in self.parts if part.content_type.startswith("text/"))
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A rule that hit, with what it saw and from what on it does."""
+
+    rule: str
+    reason: Reason
+    score: float
+    observed: str
+    threshold: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    observed: str
+    threshold: str = ""
+
+
+Function = Callable[[Mail, SpamRule], Observation | None]
+
+
+# --- who is it said to be from --------------------------------------------------------------------------------------
+
+_ADDRESS_IN_TEXT = re.compile(r"([^\s<>\"'(),:;@]{1,64})@((?:[\w-]{1,63}\.)+[^\W\d_]{2,63})")
+
+
+def forged_header_from(mail: Mail, settings: SpamRule) -> Observation | None:
+    """A sender of somebody else, or a display name that shows another address than the one that mail came from."""
+    for author in mail.authors:
+        if not mail.owns(author.mailbox):
+            return Observation(f"{author.mailbox} is not the login's")
+        for local_part, domain in _ADDRESS_IN_TEXT.findall(author.display):
+            shown = Mailbox(local_part, domain)
+            if domain.lower() != author.mailbox.domain.lower() and not mail.owns(shown):
+                return Observation(f"{shown} shown for {author.mailbox}")
+    return None
+
+
+# --- how much, and from where ---------------------------------------------------------------------------------------
+
+
+def recipient_burst(mail: Mail, settings: SpamRule) -> Observation | None:
+    """More than `limit` recipients of one identity within `window`."""
+    limit, window = _limit_and_window(settings)
+    return _over(mail.behaviour.recipients.add(mail.recipients, window, mail.now), "recipients", limit, window)
+
+
+def new_networks(mail: Mail, settings: SpamRule) -> Observation | None:
+    """One identity from more than `limit` networks within `window`: a password that went round."""
+    limit, window = _limit_and_window(settings)
+    return _over(mail.behaviour.networks.add(mail.network, window, mail.now), "networks", limit, window)
+
+
+_LOWER = bytes(code + 32 if 65 <= code <= 90 else code for code in range(256))
+_VARYING = b"0123456789 \t\r\n"
+_SHORT_BODY = 32
+
+
+def same_body_fan_out(mail: Mail, settings: SpamRule) -> Observation | None:
+    """One text to more than `limit` recipients within `window`; digits, blanks and case do not make another text."""
+    limit, window = _limit_and_window(settings)
+    digest = hashlib.blake2b(digest_size=16)
+    octets = 0
+    for part in mail.parts:
+        same = part.payload.translate(_LOWER, _VARYING)
+        octets += len(same)
+        digest.update(same)
+    if octets < _SHORT_BODY:  # "test", "OK": sent by many programs again and again
+        return None
+    count = mail.behaviour.body(digest.digest())
+    return _over(count.add(mail.recipients, window, mail.now), "recipients of one text", limit, window)
+
+
+def _limit_and_window(settings: SpamRule) -> tuple[int, float]:
+    if settings.limit is None or settings.window is None:
+        raise ConfigurationError("a rule that counts needs limit and window")
+    return settings.limit, settings.window
+
+
+def _over(observed: int, what: str, limit: int, window: float) -> Observation | None:
+    return Observation(f"{observed} {what}", f"{limit} in {window:g} s") if observed > limit else None
+
+
+# --- what is in it --------------------------------------------------------------------------------------------------
+
+SHORTENERS: Final = frozenset(
+    {
+        *("adf.ly", "bit.do", "bit.ly", "bl.ink", "buff.ly", "clck.ru", "cutt.ly", "goo.gl", "goo.su", "is.gd"),
+        *("j.mp", "kutt.it", "lnkd.in", "n9.cl", "ow.ly", "qrco.de", "rb.gy", "rebrand.ly", "s.id", "shorturl.at"),
+        *("shorte.st", "surl.li", "t.co", "t.ly", "tiny.cc", "tinyurl.com", "tr.im", "trib.al", "u.to", "urlz.fr"),
+        *("v.gd", "vk.cc", "x.co"),
+    }
+)
+"""Hosts that hide where a link goes."""
+
+_HOST_OF_LINK = re.compile(rb"https?://(?:[^\s/@<>\"']*@)?([A-Za-z0-9.-]{1,253})", re.IGNORECASE)
+
+
+def link_shortener(mail: Mail, settings: SpamRule) -> Observation | None:
+    """A link whose host hides where it goes."""
+    for host in _HOST_OF_LINK.findall(mail.text):
+        name = host.decode("ascii").lower().strip(".").removeprefix("www.")
+        if name in SHORTENERS:
+            return Observation(name)
+    return None
+
+
+EXECUTABLE_EXTENSIONS: Final = frozenset(
+    {
+        *("ade", "adp", "apk", "appx", "bat", "cab", "chm", "cmd", "com", "cpl", "dll", "exe", "hta", "ins", "isp"),
+        *("jar", "js", "jse", "lnk", "mde", "msc", "msi", "msp", "mst", "nsh", "pif", "ps1", "scr", "sct", "shb"),
+        *("sys", "vb", "vbe", "vbs", "vxd", "wsc", "wsf", "wsh", "xll"),
+    }
+)
+"""What big receivers refuse as attachment, less disk images."""
+
+_MAGIC: Final = (
+    (b"MZ", "Windows executable"),
+    (b"\x7fELF", "ELF executable"),
+    (b"\xfe\xed\xfa\xce", "Mach-O executable"),
+    (b"\xfe\xed\xfa\xcf", "Mach-O executable"),
+    (b"\xcf\xfa\xed\xfe", "Mach-O executable"),
+)
+
+
+def executable_attachment(mail: Mail, settings: SpamRule) -> Observation | None:
+    """An attachment that runs when it is opened, by its name or its first octets, or one nested out of sight."""
+    for part in mail.parts:
+        if part.is_too_deep:
+            return Observation("nested out of sight", f"{mime.MAXIMUM_DEPTH} levels")
+        # Windows ignores dots and blanks at the end of a name.
+        extension = part.filename.rstrip(". \t").rpartition(".")[2].lower()
+        if part.filename and extension in EXECUTABLE_EXTENSIONS:
+            return Observation(f"attachment named .{extension}")
+        if not part.content_type.startswith("text/"):
+            front = part.decoded(16)
+            for magic, kind in _MAGIC:
+                if front.startswith(magic):
+                    return Observation(kind)
+    return None
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    reason: Reason
+    function: Function
+    defaults: SpamRule
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    "forgedHeaderFrom": Rule(Reason.FORGED_HEADER_FROM, forged_header_from, SpamRule(score=6)),
+    "executableAttachment": Rule(Reason.EXECUTABLE_ATTACHMENT, executable_attachment, SpamRule(score=8)),
+    "recipientBurst": Rule(Reason.RECIPIENT_BURST, recipient_burst, SpamRule(score=4, limit=200, window=60.0)),
+    "newNetworks": Rule(Reason.NEW_NETWORKS, new_networks, SpamRule(score=3, limit=5, window=3600.0)),
+    "sameBodyFanOut": Rule(Reason.SAME_BODY_FAN_OUT, same_body_fan_out, SpamRule(score=4, limit=50, window=600.0)),
+    "linkShortener": Rule(Reason.LINK_SHORTENER, link_shortener, SpamRule(score=2)),
+}
+"""Rules by their name in the configuration. With the default `suspectAt` of 5 the first two mark a message alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What all rules together say."""
+
+    score: float = 0.0
+    hits: tuple[Hit, ...] = ()
+    suspected: bool = False
+    held: bool = False
+    rejected: bool = False
+
+    @property
+    def reason(self) -> Reason:
+        """Of the rule that weighs most."""
+        return max(self.hits, key=lambda hit: hit.score).reason if self.hits else Reason.ACCEPTED
+
+
+class Judge:
+    """The rules of one configuration. Raises ConfigurationError."""
+
+    def __init__(self, spam: Spam) -> None:
+        self._spam = spam
+        self._rules: list[tuple[str, Rule, SpamRule]] = []
+        wanted = spam.rules or {name: rule.defaults for name, rule in RULES.items()}
+        for name, settings in wanted.items():
+            if name in UNIMPLEMENTED_SPAM_RULES:
+                continue
+            if name not in RULES:
+                raise ConfigurationError(f"spam.rules: there is no rule {name}; known are {', '.join(sorted(RULES))}")
+            defaults = RULES[name].defaults
+            limit, window = settings.limit or defaults.limit, settings.window or defaults.window
+            self._rules.append((name, RULES[name], SpamRule(score=settings.score, limit=limit, window=window)))
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return tuple(name for name, _, _ in self._rules)
+
+    def opinion(self, mail: Mail) -> Opinion:
+        hits = tuple(
+            Hit(name, rule.reason, settings.score, observation.observed, observation.threshold)
+            for name, rule, settings in self._rules
+            if (observation := rule.function(mail, settings)) is not None
+        )
+        score = sum(hit.score for hit in hits)
+        rejected = bool(hits) and _reaches(score, self._spam.reject_at)
+        held = bool(hits) and _reaches(score, self._spam.hold_at)
+        suspected = bool(hits) and _reaches(score, self._spam.suspect_at)
+        return Opinion(score, hits, suspected or held or rejected, held and not rejected, rejected)
+
+
+def _reaches(score: float, threshold: float | None) -> bool:
+    return threshold is not None and score >= threshold
