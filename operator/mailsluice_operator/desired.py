@@ -1,0 +1,259 @@
+"""What should be: which users a relay grants, how many replicas come next, and which children a relay has.
+
+Pure: resources and observations in, plain values out. `reconcile` fetches what goes in and writes what comes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mailsluice_operator.children import network, secrets, workload
+from mailsluice_operator.children.facts import Fact
+from mailsluice_operator.children.metadata import Object, Owner
+from mailsluice_operator.resource.models import AllowedNamespaces, SmtpRelay, SmtpUser, SmtpUserGrant
+from mailsluice_operator.resource.pod import LabelSelector
+from mailsluice_relay.config import ListenerMode
+
+
+def owner_of(resource: SmtpRelay | SmtpUser) -> Owner:
+    metadata = resource.metadata
+    return Owner(resource.kind, metadata.namespace, metadata.name, metadata.uid)
+
+
+# --- Which users a relay grants ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a SmtpUser gets its login; if not, why."""
+
+    user: SmtpUser
+    refused: Fact | None
+
+
+def decide(
+    relay: SmtpRelay,
+    users: Iterable[SmtpUser],
+    namespaces: Mapping[str, Mapping[str, str] | None],
+    own_logins: frozenset[str] = frozenset(),
+) -> list[Decision]:
+    """Who of the relay's SmtpUsers gets a login, in the order of their age.
+
+    `namespaces` are the labels of the users' namespaces, None where they cannot be read. `own_logins` are the relay's
+    own users, folded: those always win, and of two SmtpUsers the older.
+    """
+    taken: dict[str, SmtpUser] = {}
+    decisions: list[Decision] = []
+    for user in sorted(users, key=lambda user: (user.metadata.creation_timestamp or "", user.metadata.uid)):
+        refused = _not_allowed(relay, user, namespaces.get(user.metadata.namespace))
+        login = user.spec.login.casefold()
+        if refused is None and login in own_logins:
+            refused = Fact(
+                "LoginTaken", f"spec.login: {user.spec.login} is one of the relay's own users; choose another login."
+            )
+        elif refused is None and login in taken:
+            holder = taken[login].metadata
+            refused = Fact(
+                "LoginTaken",
+                f"spec.login: {user.spec.login} belongs to the older SmtpUser {holder.namespace}/{holder.name}; "
+                "choose another login.",
+            )
+        if refused is None:
+            taken[login] = user
+        decisions.append(Decision(user, refused))
+    return decisions
+
+
+def _not_allowed(relay: SmtpRelay, user: SmtpUser, labels: Mapping[str, str] | None) -> Fact | None:
+    name = f"SmtpRelay {relay.metadata.namespace}/{relay.metadata.name}"
+    grant = relay.spec.authentication.smtp_users
+    if grant is None:
+        return Fact(
+            "NotAllowed",
+            f"{name} takes no SmtpUsers; its owner has to set spec.authentication.smtpUsers.",
+        )
+    namespace = user.metadata.namespace
+    if not namespace_allowed(grant.allowed_namespaces, relay.metadata.namespace, namespace, labels):
+        return Fact(
+            "NotAllowed",
+            f"{name} takes no SmtpUsers of namespace {namespace}; its owner has to allow it in "
+            "spec.authentication.smtpUsers.allowedNamespaces.",
+        )
+    return _claims(grant, user, name)
+
+
+def _claims(grant: SmtpUserGrant, user: SmtpUser, name: str) -> Fact | None:
+    namespace = user.metadata.namespace
+    if not any(template_matches(template, user.spec.login, namespace) for template in grant.logins):
+        return Fact(
+            "NotAllowed",
+            f"spec.login: {name} does not grant {user.spec.login} to namespace {namespace}, but "
+            f"{_filled(grant.logins, namespace)}; choose such a login.",
+        )
+    for sender in user.spec.senders:
+        if sender.casefold() == user.spec.login.casefold():  # a login may always send as itself
+            continue
+        if not any(template_matches(template, sender, namespace) for template in grant.senders):
+            granted = _filled(grant.senders, namespace) if grant.senders else "the login itself alone"
+            return Fact(
+                "NotAllowed",
+                f"spec.senders: {name} does not grant {sender} to namespace {namespace}, but {granted}; "
+                "remove it or have it granted.",
+            )
+    return None
+
+
+def _filled(templates: Sequence[str], namespace: str) -> str:
+    return ", ".join(template.replace("{namespace}", namespace) for template in templates)
+
+
+def template_matches(template: str, claim: str, namespace: str) -> bool:
+    """Whether a claimed login or sender lies within a template of the grant.
+
+    `*` stands for any text without @, so that `*@shop.example.test` cannot be stretched over another domain; a sender
+    pattern's own `*` is covered by the template's. The template `*` alone grants everything.
+    """
+    if template == "*":
+        return True
+    parts = template.replace("{namespace}", namespace).casefold().split("*")
+    return re.fullmatch("[^@]*".join(map(re.escape, parts)), claim.casefold()) is not None
+
+
+def namespace_allowed(allowed: AllowedNamespaces, own: str, namespace: str, labels: Mapping[str, str] | None) -> bool:
+    """Whether the relay's grant is for this namespace. Labels that cannot be read match no selector."""
+    if allowed.from_ == "All" or (allowed.from_ == "Same" and namespace == own):
+        return True
+    if allowed.from_ != "Selector" or allowed.selector is None or labels is None:
+        return False
+    return selects(allowed.selector, labels)
+
+
+def selects(selector: LabelSelector, labels: Mapping[str, str]) -> bool:
+    """As the API server evaluates a label selector."""
+    if any(labels.get(key) != value for key, value in selector.match_labels.items()):
+        return False
+    for requirement in selector.match_expressions:
+        value = labels.get(requirement.key)
+        holds = {
+            "In": value is not None and value in requirement.values,
+            "NotIn": value is None or value not in requirement.values,
+            "Exists": value is not None,
+            "DoesNotExist": value is None,
+        }[requirement.operator]
+        if not holds:
+            return False
+    return True
+
+
+# --- How many replicas ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next step towards the wanted number of replicas."""
+
+    replicas: int
+    """What the workload is given now."""
+    drain_from_ordinal: int | None = None
+    """What the configuration tells: pods from this ordinal on take no new mail."""
+    waiting: Fact | None = None
+    """Why there are still more replicas than wanted."""
+
+
+def next_step(wanted: int, current: int, drained: Mapping[int, int | None], name: str) -> Step:
+    """Up at once; down one replica at a time, the highest ordinal first, and only when its queue is empty.
+
+    `drained` tells for each ordinal that has been told to drain how many messages it still has; an ordinal that has
+    not answered yet is absent or None.
+    """
+    if wanted >= current:
+        return Step(wanted)
+    last = current - 1
+    left = drained.get(last)
+    if left == 0:
+        return Step(last, wanted)
+    count = "an unknown number of" if left is None else str(left)
+    return Step(
+        current,
+        wanted,
+        Fact(
+            "QueueNotDrained",
+            f"Pod {name}-{last} still has {count} messages in its queue; it goes when they are delivered or removed.",
+        ),
+    )
+
+
+# --- Which children ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the configuration Secrets of a relay hold."""
+
+    packed: bytes
+    revision: str
+    files: Mapping[str, bytes]
+    credentials_revision: str
+
+
+def relay_children(
+    relay: SmtpRelay,
+    contents: Contents,
+    *,
+    authority: Mapping[str, bytes] | None,
+    replicas: int,
+    claims: list[Object] | None,
+    settings: workload.PodSettings,
+) -> list[Object]:
+    """What a relay consists of, what a pod needs before the pods. `authority` is None where tls names a Secret."""
+    owner = owner_of(relay)
+    children: list[Object] = [
+        secrets.config_secret(owner, contents.packed, contents.revision),
+        secrets.credentials_secret(owner, contents.files, contents.credentials_revision),
+    ]
+    if authority is not None:
+        children.append(secrets.authority_secret(owner, authority))
+    if (bundle := contents.files.get("ca.crt")) is not None:
+        children.append(secrets.authority_config_map(owner, bundle))
+    children += [
+        workload.service_account(owner),
+        network.client_service(relay, owner),
+        network.pods_service(relay, owner),
+    ]
+    budget = network.disruption_budget(relay, owner)
+    if budget is not None:
+        children.append(budget)
+    children.append(workload.workload(relay, owner, settings, replicas, claims))
+    return children
+
+
+def service_host(relay: SmtpRelay) -> str:
+    """Under which name clients in the cluster reach the relay."""
+    return f"{relay.metadata.name}.{relay.metadata.namespace}.svc"
+
+
+def user_secret_name(user: SmtpUser) -> str:
+    return user.spec.secret_name or f"{user.metadata.name}-smtp"
+
+
+def user_secret(relay: SmtpRelay, user: SmtpUser, password: str, bundle: bytes) -> Object | None:
+    """The Secret that an application sends with; None when the relay has no listener with TLS to send it to.
+
+    Port 587 with STARTTLS is what most libraries expect, and 465 what RFC 8314 prefers; 25 is for servers.
+    """
+    usable = [listener for listener in relay.spec.listeners if listener.mode is not ListenerMode.PLAIN]
+    ranked = sorted(usable, key=lambda listener: ({587: 0, 465: 1}.get(listener.port, 2), listener.port))
+    if not ranked:
+        return None
+    return secrets.user_secret(
+        owner_of(user),
+        user_secret_name(user),
+        host=service_host(relay),
+        port=ranked[0].port,
+        login=user.spec.login,
+        password=password,
+        implicit_tls=ranked[0].mode is ListenerMode.IMPLICIT_TLS,
+        bundle=bundle,
+    )
