@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 
 def with_defaults(schema: dict[str, Any], value: Any) -> Any:
     """The value with the schema's defaults at every level. The argument stays as it is.
 
-    A null where there is a default, and which the schema does not allow, is taken for absent.
+    A null in an object is taken for absent, as none of our fields is nullable.
     """
-    if isinstance(value, dict):
-        filled = {
-            name: with_defaults(_child(schema, name), item)
-            for name, item in value.items()
-            if not (item is None and "default" in _child(schema, name))
-        }
+    if isinstance(value, Mapping):
+        filled = {name: with_defaults(_child(schema, name), item) for name, item in value.items() if item is not None}
         for name, child in schema.get("properties", {}).items():
             if name not in filled and "default" in child:
                 filled[name] = with_defaults(child, copy.deepcopy(child["default"]))

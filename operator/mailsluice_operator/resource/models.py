@@ -47,6 +47,7 @@ from mailsluice_operator.resource.schema import (
     TolerantStruct,
     list_map,
     rules,
+    well_formed,
 )
 from mailsluice_operator.resource.status import ObjectMeta, SmtpRelayStatus, SmtpUserStatus
 from mailsluice_relay.config import (
@@ -186,7 +187,6 @@ Listeners = Annotated[
         Rule(
             "self.all(one, self.exists_one(other, other.port == one.port))",
             "ports must be unique; give each listener a port of its own",
-            reason="FieldValueDuplicate",
         ),
         Rule(
             f"self.all(one, self.exists_one(other, {_BOUND.format('other.port')} == {_BOUND.format('one.port')}))",
@@ -312,7 +312,6 @@ class Authentication(Struct, frozen=True, kw_only=True):
             Rule(
                 "self.all(one, self.exists_one(other, other.secretRef.name == one.secretRef.name))",
                 "each Secret may be named once; remove the repetition",
-                reason="FieldValueDuplicate",
             )
         ),
     ] = ()
@@ -711,7 +710,7 @@ class Retry(Struct, frozen=True, kw_only=True):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "duration(self.initial) <= duration(self.maximum)",
+            f"!({well_formed('self.initial', 'self.maximum')}) || duration(self.initial) <= duration(self.maximum)",
             "maximum must not be shorter than initial; raise it",
             field_path=".maximum",
         ),
@@ -1036,7 +1035,7 @@ class Rotation(Struct, frozen=True, kw_only=True):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "duration(self.overlap) < duration(self.every)",
+            f"!({well_formed('self.overlap', 'self.every')}) || duration(self.overlap) < duration(self.every)",
             "overlap must be shorter than every, or old passwords never end; shorten it",
             field_path=".overlap",
         ),

@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-Reason = Literal["FieldValueInvalid", "FieldValueForbidden", "FieldValueRequired", "FieldValueDuplicate"]
+Reason = Literal["FieldValueInvalid", "FieldValueForbidden", "FieldValueRequired"]
+"""What kind of error a broken rule is. FieldValueDuplicate is left out: the API server drops its message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,15 @@ DURATION_PATTERN = r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|K|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)?(k|K|M|G|T|Ki|Mi|Gi|Ti)?$"
 
-POSITIVE_DURATION = rules(Rule("duration(self) > duration('0s')", "must be longer than 0s"))
+
+def well_formed(*fields: str) -> str:
+    """CEL for: these durations have the right form. A rule asks first: a wrong form does not keep it from running."""
+    return " && ".join(f"{field}.matches('{DURATION_PATTERN}')" for field in fields)
+
+
+POSITIVE_DURATION = rules(
+    Rule(f"!({well_formed('self')}) || duration(self) > duration('0s')", "must be longer than 0s")
+)
 
 # Names of Kubernetes objects, and of items in our lists.
 ObjectName = Annotated[str, Meta(min_length=1, max_length=253, pattern=SUBDOMAIN_PATTERN)]
