@@ -1,0 +1,661 @@
+"""One client's session: drives the protocol engine, asks admission, hands what may pass to the dispatcher.
+
+The only file that knows aiosmtpd. `Session` is aiosmtpd's protocol class with the bytes taken over: `data_received`
+feeds `smtp.engine` from one buffer, and what needs no waiting is decided there and then. A task exists only while a
+decision waits (login, end of data, TLS handshake), and then the engine takes nothing further.
+
+What is promised:
+
+- A client that hangs up before the end of data leaves nothing behind. Once the end of data is read, judging and
+  queueing run to their end whatever the connection does.
+- Reading stops while a decision waits and BUFFER_LIMIT is reached, and while the client does not read its replies.
+- No reply tells anything of the inside, whatever fails.
+- When a session is over it is counted once and logged in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+import aiosmtpd.smtp
+import structlog
+
+from mailsluice_relay import reply
+from mailsluice_relay.auth import sasl
+from mailsluice_relay.config import Configuration, Listener, ListenerMode
+from mailsluice_relay.envelope import Client, Envelope, Message, TLSState
+from mailsluice_relay.metrics import Metrics
+from mailsluice_relay.reply import Reason, Reply, Result, Verdict
+from mailsluice_relay.smtp import engine
+from mailsluice_relay.smtp.engine import Engine, State
+from mailsluice_relay.spool.errors import SpoolError, SpoolFull
+
+if TYPE_CHECKING:
+    from mailsluice_relay.admission import Admission
+    from mailsluice_relay.dispatch import Dispatcher
+    from mailsluice_relay.spool.content import ContentWriter
+
+log = structlog.get_logger()
+
+BUFFER_LIMIT: Final = 64 * 1024
+"""Octets read ahead while a decision waits."""
+MINIMUM_PROGRESS: Final = 4096
+"""Octets of a message that must come within the idle timeout: 14 a second with the default of 300 s."""
+DEFECTIVE_SILENCE: Final = 2.0
+"""Seconds. A client that ends lines with LF alone never sends CR LF . CR LF; it has said all that it will."""
+LINGER: Final = 2.0
+"""Seconds for the client to read a last reply: closing with unread input makes TCP discard it (RFC 1122 4.2.2.13)."""
+TLS_HANDSHAKE_TIMEOUT: Final = 30.0
+"""Seconds."""
+
+_BEFORE_HELLO: Final = frozenset({Reason.SYNTAX, Reason.LINE_ENDING, Reason.UNAUTHORIZED_PIPELINING})
+"""Refusals which, before EHLO, only show that something else than a mail client knocked: a port scan, a browser."""
+_CLASSES: Final = (Result.SUSPECTED_SPAM, Result.ACCEPTED, Result.REJECTED)
+
+
+class Gate(Protocol):
+    """Who may have how many connections; knows the sessions that there are."""
+
+    def enter(self, session: Session) -> Reply | None:
+        """None, or why the session may not begin. A session that may not begin does not leave, either."""
+        ...
+
+    def leave(self, session: Session) -> None:
+        """The session is over, its decisions included."""
+        ...
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the sessions of one listener share. A new configuration makes a new one, for new sessions."""
+
+    configuration: Configuration
+    listener: Listener
+    admission: Admission
+    dispatcher: Dispatcher
+    metrics: Metrics
+    gate: Gate
+    now: Callable[[], float]
+    """Seconds since the epoch."""
+    new_session_id: Callable[[], str]
+    tls_context: ssl.SSLContext
+    """Not used on a listener without TLS."""
+    settings: engine.Settings = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = engine.Settings(
+            hostname=self.configuration.hostname,
+            message_size=self.configuration.limits.message_size,
+            mechanisms=tuple(sasl.MECHANISMS),
+            start_tls=self.listener.mode is ListenerMode.START_TLS,
+            plaintext_authentication=self.listener.allow_plaintext_authentication,
+            normalize_line_endings=self.listener.normalize_line_endings,
+        )
+        object.__setattr__(self, "settings", settings)
+
+
+class Session(aiosmtpd.smtp.SMTP):
+    """The protocol of one connection."""
+
+    def __init__(self, service: Service) -> None:
+        # aiosmtpd's own __init__ finds hooks and methods by reflection, for every connection anew, and makes a stream
+        # reader. Neither is used here, and together they cost more than the rest of a short session.
+        self.loop = asyncio.get_running_loop()
+        self.hostname = service.configuration.hostname
+        self._service = service
+        self._limits = service.configuration.limits
+        self._engine = Engine(service.settings)
+        self._tcp: asyncio.Transport | None = None
+        """The connection; None before it is there and after it is lost."""
+        self._task: asyncio.Task[None] | None = None
+        """The decision that waits."""
+        self._exchange: sasl.Exchange | None = None
+        self._incoming: ContentWriter | None = None
+        self._size = 0
+        self._failed: Verdict | None = None
+        """Why the message that is being read will be refused."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = 0.0
+        """By when the client must have got on."""
+        self._progress = 0
+        self._reading_paused = False
+        self._writing_paused = False
+        self._admitted = False
+        self._closing = False
+        self._stopping = False
+        self._half_closed = False
+        self._finished = False
+        self._said_hello = False
+        self._firsts: dict[Result, Reason] = {}
+        """The first event of each class."""
+        self._queue_ids: list[str] = []
+        self._recipients = 0
+
+    # --- the connection ----------------------------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        service = self._service
+        self._tcp = self.transport = cast(asyncio.Transport, transport)
+        self._started = self.loop.time()
+        self._session_end = self._started + self._limits.session_timeout
+        peer = transport.get_extra_info("peername") or ("", 0)
+        self.client = Client(
+            session_id=service.new_session_id(),
+            listener=service.listener.name,
+            address=canonical_address(peer[0]),
+            port=peer[1],
+        )
+        service.metrics.sessions_active.labels(self.client.listener).inc()
+        self._note_tls(self._tcp)
+        refusal = service.gate.enter(self)
+        self._admitted = refusal is None
+        if refusal is None:
+            self._engine.greet()
+        else:
+            self._record(Result.REJECTED, Reason.TOO_MANY_CONNECTIONS)
+            self._engine.close(refusal)
+        self._deadline = self._started + self._limits.idle_timeout
+        self._set_timer(min(self._deadline, self._session_end))
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        machine = self._engine
+        reading_message = machine.state is State.DATA
+        machine.receive(data)
+        if machine.state is State.ASKING:
+            self._steer_reading()
+            return
+        self._advance()
+        if reading_message and machine.state is State.DATA:
+            self._watch_progress(len(data))
+
+    def eof_received(self) -> bool:
+        if self._task is not None and self.client.tls is None and not self._closing:
+            self._half_closed = True  # the reply to what was sent can still be read
+            return True
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._tcp = None
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._discard_content()
+        if self._task is None:
+            self._finish()
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+        self._steer_reading()
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self._steer_reading()
+
+    def _steer_reading(self) -> None:
+        """Read only what can be dealt with."""
+        transport = self._tcp
+        if transport is None or self._engine.state is State.TLS:
+            return
+        pause = self._writing_paused or (self._engine.state is State.ASKING and self._engine.buffered > BUFFER_LIMIT)
+        if pause != self._reading_paused:
+            self._reading_paused = pause
+            if pause:
+                transport.pause_reading()
+            else:
+                transport.resume_reading()
+
+    def _flush(self) -> None:
+        """Send what has gathered, in one write."""
+        data = self._engine.take()
+        transport = self._tcp
+        if transport is None:
+            return
+        if data:
+            transport.write(data)
+        if self._engine.state is State.CLOSED and not self._closing:
+            self._close(transport)
+
+    def _close(self, transport: asyncio.Transport) -> None:
+        self._closing = True
+        self._discard_content()
+        self._set_timer(self.loop.time() + LINGER)
+        if self.client.tls is None and transport.can_write_eof():
+            # The client closes on its side once it has read the reply; what it sends until then is read and dropped.
+            if self._reading_paused:
+                transport.resume_reading()
+            transport.write_eof()
+        else:
+            transport.close()
+
+    # --- time --------------------------------------------------------------------------------------------------------
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(when, self._on_timer)
+
+    def _on_timer(self) -> None:
+        """One timer a session: it looks whether the deadline has really passed, so that moving that costs nothing."""
+        if self._tcp is None:
+            return
+        now = self.loop.time()
+        if self._closing:
+            self._tcp.abort()
+        elif self._task is not None:
+            self._set_timer(now + self._limits.idle_timeout)
+        elif (due := min(self._deadline, self._session_end)) > now:
+            self._set_timer(due)
+        elif self._engine.data_defective:
+            self._refuse_message(Verdict(reply.DATA_LINE_ENDING, Reason.LINE_ENDING))
+            self._engine.close(reply.DATA_LINE_ENDING)
+            self._flush()
+        else:
+            if self._said_hello:
+                self._record(Result.REJECTED, Reason.TIMEOUT)
+            self._engine.close(reply.TIMED_OUT)
+            self._flush()
+
+    def _watch_progress(self, received: int) -> None:
+        """While a message comes in: it must come at a minimal rate."""
+        now = self.loop.time()
+        self._progress += received
+        if self._progress >= MINIMUM_PROGRESS:
+            self._progress = 0
+            self._deadline = now + self._limits.idle_timeout
+        if self._engine.data_defective:
+            self._set_timer(min(now + DEFECTIVE_SILENCE, self._deadline))
+            self._deadline = min(now + DEFECTIVE_SILENCE, self._deadline)
+
+    # --- driving the engine ------------------------------------------------------------------------------------------
+    def _advance(self) -> None:
+        """Take the engine's events until it needs more octets or a decision that waits, and send the replies."""
+        machine = self._engine
+        while (event := machine.next_event()) is not None:
+            try:
+                _REACTIONS[type(event)](self, event)
+            except Exception:
+                log.exception("session.failed", session=self.client.session_id)
+                self._fail()
+            if type(event) is not engine.Content:
+                self._progress = 0
+                self._deadline = self.loop.time() + self._limits.idle_timeout
+        if self._stopping and self._is_idle():
+            machine.close(reply.SHUTTING_DOWN)
+        self._flush()
+        self._steer_reading()
+
+    def _decide(self, decision: Coroutine[Any, Any, None]) -> None:
+        """Let a decision wait; the engine asks no further until it has answered."""
+        self._task = self.loop.create_task(self._await_decision(decision))
+
+    async def _await_decision(self, decision: Coroutine[Any, Any, None]) -> None:
+        try:
+            await decision
+        except Exception:
+            log.exception("session.failed", session=self.client.session_id)
+            self._fail()
+        self._task = None
+        if self._tcp is None:
+            self._finish()
+            return
+        self._deadline = self.loop.time() + self._limits.idle_timeout
+        self._advance()
+        if self._half_closed and not self._is_waiting and not self._closing:
+            self._closing = True
+            self._tcp.close()
+
+    @property
+    def _is_waiting(self) -> bool:
+        return self._task is not None
+
+    def _fail(self) -> None:
+        """Something of ours went wrong: answer without a word of it."""
+        self._record(Result.REJECTED, Reason.INTERNAL_ERROR)
+        if self._engine.state is State.ASKING:
+            self._engine.answer(reply.INTERNAL_ERROR)
+        elif self._engine.state is State.DATA:
+            self._failed = Verdict(reply.INTERNAL_ERROR, Reason.INTERNAL_ERROR)
+            self._discard_content()
+        else:
+            self.abort()
+
+    async def handle_exception(self, error: Exception) -> str:
+        """aiosmtpd's own tells the client the exception's class and text."""
+        return str(reply.INTERNAL_ERROR)
+
+    # --- reactions to the engine's events ----------------------------------------------------------------------------
+    def _on_refused(self, event: engine.Refused) -> None:
+        verdict = event.verdict
+        self._exchange = None
+        if self._said_hello or verdict.reason not in _BEFORE_HELLO:
+            self._record(Result.REJECTED, verdict.reason)
+
+    def _on_hello(self, event: engine.Hello) -> None:
+        self._said_hello = True
+        self.client.hello = event.name
+        self.client.extended = event.extended
+        self._engine.answer(event.reply)
+
+    def _on_command(self, event: engine.Command) -> None:
+        self._engine.answer(event.reply)
+
+    def _on_start_tls(self, _event: engine.StartTLS) -> None:
+        if self._tcp is None:
+            return
+        # From here on, what the client sends belongs to the handshake.
+        self._tcp.pause_reading()
+        self._flush()
+        self._decide(self._start_tls(self._tcp))
+
+    async def _start_tls(self, transport: asyncio.Transport) -> None:
+        try:
+            encrypted = await self.loop.start_tls(
+                transport,
+                self,
+                self._service.tls_context,
+                server_side=True,
+                ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT,
+            )
+        except OSError:  # ssl.SSLError, ConnectionError and TimeoutError are among them
+            encrypted = None
+        if encrypted is None:
+            # The loop does not tell the protocol of a connection that is lost during the handshake.
+            self._record(Result.REJECTED, Reason.TLS_HANDSHAKE)
+            transport.abort()
+            self._tcp = None
+            if self._timer is not None:
+                self._timer.cancel()
+            return
+        self._tcp = self.transport = encrypted
+        self._reading_paused = False
+        self.client.hello = ""
+        self.client.extended = False
+        self.client.login = None
+        self._engine.tls_started()
+        self._note_tls(encrypted)
+
+    def _note_tls(self, transport: asyncio.Transport) -> None:
+        tls = transport.get_extra_info("ssl_object")
+        if tls is None:
+            return
+        cipher = tls.cipher()
+        self.client.tls = TLSState(tls.version() or "", cipher[0] if cipher else "")
+        self._engine.tls = True
+        self._service.metrics.tls_sessions.labels(self.client.tls.version).inc()
+
+    # --- login -------------------------------------------------------------------------------------------------------
+    def _on_authenticate(self, event: engine.Authenticate) -> None:
+        self._exchange = sasl.MECHANISMS[event.mechanism]()
+        self._step(self._exchange, event.initial_response)
+
+    def _on_sasl_response(self, event: engine.SaslResponse) -> None:
+        if self._exchange is not None:
+            self._step(self._exchange, event.data)
+
+    def _step(self, exchange: sasl.Exchange, response: bytes | None) -> None:
+        try:
+            outcome = exchange.step(response)
+        except sasl.SaslError:
+            self._exchange = None
+            self._record(Result.REJECTED, Reason.SYNTAX)
+            self._engine.answer(reply.SASL_SYNTAX)
+            return
+        if isinstance(outcome, sasl.Attempt):
+            self._exchange = None
+            self._decide(self._log_in(outcome))
+        else:
+            self._engine.challenge(outcome)
+
+    async def _log_in(self, attempt: sasl.Attempt) -> None:
+        authentication = await self._service.admission.authenticate(self.client, attempt)
+        verdict = authentication.verdict
+        if verdict.is_positive and authentication.login is not None:
+            self.client.login = authentication.login
+        else:
+            if verdict.reason is not Reason.AUTHENTICATION_UNAVAILABLE:
+                self.client.authentication_failures += 1
+            self._record(Result.REJECTED, verdict.reason)
+        self._engine.answer(verdict.reply)
+
+    # --- the transaction ---------------------------------------------------------------------------------------------
+    def _on_mail(self, event: engine.Mail) -> None:
+        self._decide(self._consider_sender(event.envelope))
+
+    async def _consider_sender(self, envelope: Envelope) -> None:
+        if self._stopping:
+            verdict = Verdict(reply.SHUTTING_DOWN, Reason.SHUTTING_DOWN)
+        else:
+            verdict = await self._service.admission.mail(self.client, envelope)
+        if verdict.is_positive:
+            if (envelope.declared_size or 0) > self._limits.message_size:
+                verdict = Verdict(reply.MESSAGE_TOO_BIG, Reason.MESSAGE_TOO_BIG)
+            elif (full := self._service.dispatcher.refuses()) is not None:
+                verdict = Verdict(full, Reason.QUEUE_FULL)
+        if not verdict.is_positive:
+            self._refuse_message(verdict)
+        self._engine.answer(verdict.reply)
+
+    def _on_rcpt(self, event: engine.Rcpt) -> None:
+        if len(event.envelope.recipients) >= self._limits.recipients_per_message:
+            verdict = Verdict(reply.TOO_MANY_RECIPIENTS, Reason.TOO_MANY_RECIPIENTS)
+        else:
+            verdict = self._service.admission.recipient(self.client, event.envelope, event.recipient)
+        if verdict.is_positive:
+            result = "accepted"
+        else:
+            result = "deferred" if verdict.reply.is_transient else "rejected"
+            self._record(Result.REJECTED, verdict.reason)
+        self._service.metrics.recipients.labels(result).inc()
+        self._engine.answer(verdict.reply)
+
+    def _on_data_started(self, _event: engine.DataStarted) -> None:
+        self._size = 0
+        self._failed = None
+
+    def _on_content(self, event: engine.Content) -> None:
+        self._write(event.data)
+
+    def _on_end_of_data(self, event: engine.EndOfData) -> None:
+        ended = self.loop.time()
+        if event.defective:
+            self._failed = Verdict(reply.DATA_LINE_ENDING, Reason.LINE_ENDING)
+        else:
+            self._write(event.data)
+        writer, self._incoming = self._incoming, None
+        if self._failed is not None:
+            if writer is not None:
+                writer.discard()
+            self._refuse_message(self._failed)
+            self._engine.answer(self._failed.reply)
+            return
+        self._decide(self._take_message(event.envelope, writer or self._service.dispatcher.new_content(), ended))
+
+    def _write(self, data: bytes) -> None:
+        """Add to the message that is being read; a message that will be refused is read on and dropped."""
+        if self._failed is not None or not data:
+            return
+        self._size += len(data)
+        try:
+            if self._size > self._limits.message_size:
+                self._failed = Verdict(reply.MESSAGE_TOO_BIG, Reason.MESSAGE_TOO_BIG)
+            else:
+                if self._incoming is None:
+                    self._incoming = self._service.dispatcher.new_content()
+                self._incoming.write(data)
+        except SpoolError as error:
+            self._failed = _no_room(error)
+        if self._failed is not None:
+            self._discard_content()
+
+    def _discard_content(self) -> None:
+        if self._incoming is not None:
+            self._incoming.discard()
+            self._incoming = None
+
+    async def _take_message(self, envelope: Envelope, writer: ContentWriter, ended: float) -> None:
+        """Judge a whole message and queue it. Nothing of it depends on the connection any more."""
+        service, client = self._service, self.client
+        try:
+            content = writer.finish()
+        except SpoolError as error:
+            writer.discard()
+            verdict = _no_room(error)
+            self._refuse_message(verdict)
+            self._engine.answer(verdict.reply)
+            return
+        queue_id = service.dispatcher.new_queue_id()
+        login = client.login.name if client.login is not None else None
+        queued = False
+        try:
+            judgement = await service.admission.message(client, envelope, content, queue_id=queue_id)
+            content = judgement.content
+            if judgement.suspected:
+                self._record(Result.SUSPECTED_SPAM, judgement.reason)
+            if not judgement.verdict.is_positive:
+                self._refuse_message(judgement.verdict)
+                self._engine.answer(judgement.verdict.reply)
+                return
+            size, recipients = content.size, len(envelope.recipients)
+            answer = await service.dispatcher.submit(
+                Message(
+                    queue_id=queue_id,
+                    envelope=envelope,
+                    content=content,
+                    login=login,
+                    listener=client.listener,
+                    client_address=client.address,
+                    received_at=service.now(),
+                    held=judgement.held,
+                    reason=judgement.reason,
+                )
+            )
+            if not answer.is_positive:
+                service.admission.refund(judgement)
+                self._refuse_message(Verdict(answer, _queue_reason(answer)))
+                self._engine.answer(answer)
+                return
+            queued = True
+        finally:
+            if not queued:
+                content.body.close()
+        if not judgement.suspected:
+            self._record(Result.ACCEPTED, Reason.ACCEPTED)
+        self._queue_ids.append(queue_id)
+        self._recipients += recipients
+        metrics = service.metrics
+        result = "held" if judgement.held else "suspected" if judgement.suspected else "accepted"
+        self._count_message(result, judgement.reason)
+        metrics.user_recipients.labels(metrics.user(login)).inc(recipients)
+        metrics.message_size.observe(size)
+        metrics.accept_seconds.observe(self.loop.time() - ended)
+        self._engine.answer(answer)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+    def shut_down(self) -> None:
+        """Finish the transaction that runs, if there is one, and no other (421 4.3.2)."""
+        self._stopping = True
+        if not self._closing and self._is_idle():
+            self._engine.close(reply.SHUTTING_DOWN)
+            self._flush()
+
+    def abort(self) -> None:
+        """Drop the connection. A decision that waits is not stopped by that."""
+        if self._tcp is not None:
+            self._tcp.abort()
+
+    def _is_idle(self) -> bool:
+        return self._engine.state in {State.COMMAND, State.SASL} and not self._engine.in_transaction
+
+    def _refuse_message(self, verdict: Verdict) -> None:
+        self._record(Result.REJECTED, verdict.reason)
+        self._count_message("deferred" if verdict.reply.is_transient else "rejected", verdict.reason)
+
+    def _count_message(self, result: str, reason: Reason) -> None:
+        metrics = self._service.metrics
+        metrics.messages.labels(result, reason).inc()
+        if self.client.login is not None:
+            metrics.user_messages.labels(metrics.user(self.client.login.name), result).inc()
+
+    def _record(self, result: Result, reason: Reason) -> None:
+        self._firsts.setdefault(result, reason)
+
+    def _finish(self) -> None:
+        """Count and log the session, once."""
+        if self._finished:
+            return
+        self._finished = True
+        service, client = self._service, self.client
+        if self._admitted:
+            service.gate.leave(self)
+        result = next((each for each in _CLASSES if each in self._firsts), Result.NONE)
+        reason = self._firsts.get(result, Reason.NONE)
+        seconds = self.loop.time() - self._started
+        metrics = service.metrics
+        metrics.sessions_active.labels(client.listener).dec()
+        metrics.sessions.labels(client.listener, result, reason).inc()
+        metrics.session_seconds.observe(seconds)
+        login = client.login.name if client.login is not None else None
+        if login is not None and service.configuration.logging.redact_addresses:
+            login = redacted(login)
+        # Load balancers knock every few seconds.
+        write = log.debug if result is Result.NONE else log.info
+        write(
+            "session",
+            session=client.session_id,
+            listener=client.listener,
+            client=client.address,
+            tls=client.tls.version if client.tls is not None else None,
+            login=login,
+            result=result.value,
+            reason=reason.value,
+            queue_ids=self._queue_ids,
+            recipients=self._recipients,
+            seconds=round(seconds, 3),
+        )
+
+
+_REACTIONS: Final[Mapping[type, Callable[[Session, Any], None]]] = {
+    engine.Refused: Session._on_refused,
+    engine.Hello: Session._on_hello,
+    engine.Command: Session._on_command,
+    engine.StartTLS: Session._on_start_tls,
+    engine.Authenticate: Session._on_authenticate,
+    engine.SaslResponse: Session._on_sasl_response,
+    engine.Mail: Session._on_mail,
+    engine.Rcpt: Session._on_rcpt,
+    engine.DataStarted: Session._on_data_started,
+    engine.Content: Session._on_content,
+    engine.EndOfData: Session._on_end_of_data,
+}
+
+
+def _no_room(error: SpoolError) -> Verdict:
+    if isinstance(error, SpoolFull):
+        return Verdict(reply.QUEUE_FULL, Reason.QUEUE_FULL)
+    log.error("session.spool_failed", error=str(error))
+    return Verdict(reply.INTERNAL_ERROR, Reason.INTERNAL_ERROR)
+
+
+def _queue_reason(answer: Reply) -> Reason:
+    return Reason.QUEUE_FULL if answer.code == reply.QUEUE_FULL.code else Reason.INTERNAL_ERROR
+
+
+def canonical_address(text: str) -> str:
+    """An IP address without its zone; IPv4 as such, also where a dual-stack socket says ::ffff:192.0.2.1."""
+    text = text.partition("%")[0]
+    if not text.lower().startswith("::ffff:"):
+        return text
+    mapped = ipaddress.IPv6Address(text).ipv4_mapped
+    return str(mapped) if mapped is not None else text
+
+
+def redacted(address: str) -> str:
+    """An address without the part that names a person."""
+    _, at, domain = address.rpartition("@")
+    return f"***@{domain}" if at else "***"
