@@ -59,7 +59,8 @@ class Kubectl:
         document: Object = json.loads(self("get", kind, name, "-o", "json"))
         return document
 
-    def list(self, kind: str, *, selector: str = "") -> list[Object]:
-        document = json.loads(self("get", kind, "-o", "json", *(["-l", selector] if selector else [])))
+    def list(self, kind: str, *, selector: str = "", everywhere: bool = False) -> list[Object]:
+        options = [f"--selector={selector}", *(["--all-namespaces"] if everywhere else [])]
+        document = json.loads(self("get", kind, "-o", "json", *options))
         items: list[Object] = document["items"]
         return items

@@ -158,6 +158,20 @@ class NodeCluster:
         """Import an OCI archive: pods use its image with `imagePullPolicy: Never` or `IfNotPresent`."""
         run(require("ctr"), "-a", str(SOCKET), "-n", "k8s.io", "images", "import", str(archive))
 
+    def description(self) -> str:
+        """Pods, relays, events and our programs' logs, for somebody who wonders why a test failed."""
+        views = (
+            ("get", "pods", "-A", "-o", "wide"),
+            ("get", "smtprelays,smtpusers", "-A", "-o", "yaml"),
+            ("get", "events", "-A", "--sort-by=.lastTimestamp"),
+            *(
+                ("logs", "-n", pod["metadata"]["namespace"], pod["metadata"]["name"], "--tail=60")
+                for pod in self.kubectl.list("pods", selector="app.kubernetes.io/name=mailsluice", everywhere=True)
+            ),
+        )
+        shown = [(view, self.kubectl.attempt(*view)) for view in views]
+        return "\n".join(f"$ kubectl {' '.join(view)}\n{done.stdout}{done.stderr}" for view, done in shown)
+
     def stop(self) -> None:
         """End the processes and take away what they leave: mounts, network namespaces, control groups, state."""
         self.processes.stop()

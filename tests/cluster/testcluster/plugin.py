@@ -16,6 +16,7 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,43 +66,48 @@ class ApiServer:
 class Supply:
     """The programs of a cluster for this run: there, or being built in the background."""
 
-    def __init__(self, programs: tuple[str, ...]) -> None:
+    def __init__(self, programs: tuple[str, ...], log: Path) -> None:
         self.programs = programs
+        self.log = log
         self._build: subprocess.Popen[bytes] | None = None
-        self._log: Path | None = None
 
     def start(self) -> None:
         """Begin to build what is missing, when this machine can."""
         if missing(self.programs) and can_build():
-            log = tempfile.NamedTemporaryFile(prefix="mailsluice-build-", suffix=".log", delete=False)  # noqa: SIM115  # the child's
             command = [sys.executable, str(ROOT / "tests/cluster/cluster.py"), "build"]
-            self._build = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-            self._log = Path(log.name)
-            log.close()
+            with self.log.open("wb") as log:
+                # A session of its own, so that `stop` reaches the compilers too.
+                self._build = subprocess.Popen(
+                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                )
 
     def wait(self, report: Callable[[str], None]) -> None:
         """Return when nothing is being built any more; every half minute say how far it is."""
-        if self._build is None or self._log is None:
+        if self._build is None:
             return
         started = told = time.monotonic()
         while self._build.poll() is None:
             time.sleep(0.5)
             if time.monotonic() - told >= 30:
                 told = time.monotonic()
-                lines = [
-                    line for line in self._log.read_text(errors="replace").splitlines() if line.startswith("cluster:")
-                ]
-                report(f"{lines[-1] if lines else 'building'} ({told - started:.0f} s waited)")
+                progress = [line for line in self._lines() if line.startswith("cluster:")]
+                report(f"{progress[-1] if progress else 'building'} ({told - started:.0f} s waited)")
+        if self._build.returncode:
+            report("\n".join(self._lines()[-20:]))
         self._build = None
 
     def stop(self) -> None:
         if self._build is not None:
-            self._build.terminate()
+            os.killpg(self._build.pid, signal.SIGTERM)
             self._build.wait()
+
+    def _lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()
 
 
 RUN: Final = pytest.StashKey[Path]()
 SUPPLY: Final = pytest.StashKey[Supply]()
+NODE_CLUSTER: Final = pytest.StashKey[NodeCluster]()
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -161,7 +167,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     kinds = {kind for item in session.items if (kind := needs(item))}
     first = getattr(session.config, "workerinput", {}).get("workerid", "gw0") == "gw0"
     if kinds and first and not session.config.option.collectonly:
-        supply = Supply(PROGRAMS["node" if "node" in kinds else "apiserver"])
+        supply = Supply(PROGRAMS["node" if "node" in kinds else "apiserver"], session.config.stash[RUN] / "build.log")
         supply.start()
         session.config.stash[SUPPLY] = supply
 
@@ -173,6 +179,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if kind and (supply := item.config.stash.get(SUPPLY, None)):
         supply.wait(lambda text: print(text, file=sys.__stderr__, flush=True))
     return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Beside a failed test, what the node's cluster looked like then: it is gone when somebody reads the report."""
+    report = yield
+    if report.failed and (cluster := item.config.stash.get(NODE_CLUSTER, None)) and cluster.kubeconfig.exists():
+        report.sections.append(("the cluster", cluster.description()))
+    return report
 
 
 def unavailable(why: str) -> None:
@@ -245,7 +260,7 @@ def helm() -> str:
 
 
 @pytest.fixture(scope="session")
-def node_cluster() -> Iterator[NodeCluster]:
+def node_cluster(pytestconfig: pytest.Config) -> Iterator[NodeCluster]:
     """A cluster whose node runs pods, from images that a test loads into it. The CRDs are not installed."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.fail("a machine has one node: run the tests marked `node` without -n", pytrace=False)
@@ -259,6 +274,7 @@ def node_cluster() -> Iterator[NodeCluster]:
             NodeCluster().stop()
         cluster = NodeCluster()
         try:
+            pytestconfig.stash[NODE_CLUSTER] = cluster
             cluster.start(owner=os.getpid())
             yield cluster
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,6 +21,8 @@ class CommandFailedError(ClusterError):
 
 def run(*argv: str, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
     """Run to the end; an error's text carries what the command said."""
+    if shutil.which(argv[0]) is None:
+        raise ClusterError(f"{argv[0]} is not installed")
     done = subprocess.run(argv, check=False, capture_output=True, text=True, **options)  # type: ignore[call-overload]  # passed through
     if check and done.returncode:
         raise CommandFailedError(
