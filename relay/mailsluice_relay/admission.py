@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -44,6 +45,7 @@ _INVALID: Final = Verdict(reply.CREDENTIALS_INVALID, Reason.CREDENTIALS_INVALID)
 _UNAVAILABLE: Final = Verdict(reply.AUTHENTICATION_UNAVAILABLE, Reason.AUTHENTICATION_UNAVAILABLE)
 _MAXIMUM_SHOWN: Final = 200
 """Characters of an address in a reply."""
+_LOCAL_PART: Final = re.compile(r"[^\s<>@]+@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +237,8 @@ class Admission:
                 "sender not owned",
                 reason=Reason.SENDER_NOT_OWNED,
                 session=client.session_id,
-                login=identity.name,
-                sender=self._logged(envelope.sender),
+                login=self._logged(identity.name),
+                sender=self._logged(str(envelope.sender or NULL_SENDER)),
             )
         least = Quantity(messages=1, recipients=1, octets=envelope.declared_size or 1)
         decision = await self._store.peek(self._charges(policy, identity, client, envelope, least))
@@ -376,28 +378,28 @@ class Admission:
                 "suspicion",
                 reason=hit.reason,
                 rule=hit.rule,
-                observed=hit.observed,
+                observed=self._logged(hit.observed),
                 threshold=hit.threshold,
                 score=hit.score,
-                login=identity.name,
+                login=self._logged(identity.name),
                 network=identity.network,
                 session=client.session_id,
                 queue_id=queue_id,
             )
 
-    def _logged(self, mailbox: Mailbox | None) -> str:
-        if mailbox is None:
-            return NULL_SENDER
-        return f"***@{mailbox.domain}" if self._policy.configuration.logging.redact_addresses else str(mailbox)
+    def _logged(self, text: str) -> str:
+        """Text with addresses in it, as far as the log may show them."""
+        return _LOCAL_PART.sub("***@", text) if self._policy.configuration.logging.redact_addresses else text
 
 
 def _default_from(address: str | None) -> Mailbox | None:
     if address is None:
         return None
-    local_part, at, domain = address.rpartition("@")
-    if not at or not local_part or domain_key(domain) is None:
-        raise ConfigurationError(f"senders.defaultFrom: {address!r} is no address; expected user@domain")
-    return Mailbox(local_part, domain)
+    local_part, _, domain = address.rpartition("@")
+    key = domain_key(domain)
+    if not local_part or not local_part.isascii() or key is None:
+        raise ConfigurationError(f"senders.defaultFrom: {address!r} is no ASCII address; expected user@domain")
+    return Mailbox(local_part, key)
 
 
 def _read_header(

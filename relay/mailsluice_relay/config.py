@@ -364,8 +364,8 @@ _SCRYPT_KEY_LENGTH: Final = 32
 _SCRYPT_MAXIMUM_MEMORY: Final = 64 * 1024 * 1024
 
 _B64 = r"[A-Za-z0-9+/]"
-_BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")
-_SHA512_CRYPT = re.compile(r"\$6\$(?:rounds=([0-9]{1,7})\$)?[^$:\s]{0,16}\$[./A-Za-z0-9]{86}")
+_BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
+_SHA512_CRYPT = re.compile(r"\$6\$(?:rounds=([1-9][0-9]{3,6})\$)?[./A-Za-z0-9]{0,16}\$[./A-Za-z0-9]{86}")
 _ARGON2ID = re.compile(rf"\$argon2id\$v=19\$m=([0-9]{{1,7}}),t=([0-9]{{1,3}}),p=([0-9]{{1,2}})\${_B64}+\${_B64}+")
 _SCRYPT = re.compile(rf"\$scrypt\$ln=([0-9]{{1,2}}),r=([0-9]{{1,3}}),p=([0-9]{{1,2}})\$({_B64}+)\$({_B64}+)")
 
@@ -405,14 +405,13 @@ def hash_password(password: str, salt: bytes) -> str:
     if len(salt) < 16:
         raise ValueError("a salt has at least 16 octets")
     log_n, r, p = SCRYPT_COST
-    return f"$scrypt$ln={log_n},r={r},p={p}${_unpadded(salt)}${_unpadded(scrypt(password, salt, log_n, r, p))}"
+    digest = scrypt(password.encode(), salt, log_n, r, p)
+    return f"$scrypt$ln={log_n},r={r},p={p}${_unpadded(salt)}${_unpadded(digest)}"
 
 
-def scrypt(password: str, salt: bytes, log_n: int, r: int, p: int, length: int = _SCRYPT_KEY_LENGTH) -> bytes:
+def scrypt(password: bytes, salt: bytes, log_n: int, r: int, p: int, length: int = _SCRYPT_KEY_LENGTH) -> bytes:
     """RFC 7914; OpenSSL needs somewhat more than the 128 * r * N octets to be allowed."""
-    return hashlib.scrypt(
-        password.encode(), salt=salt, n=2**log_n, r=r, p=p, maxmem=_SCRYPT_MAXIMUM_MEMORY * 2, dklen=length
-    )
+    return hashlib.scrypt(password, salt=salt, n=2**log_n, r=r, p=p, maxmem=_SCRYPT_MAXIMUM_MEMORY * 2, dklen=length)
 
 
 def _unpadded(octets: bytes) -> str:

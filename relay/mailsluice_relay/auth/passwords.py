@@ -56,7 +56,7 @@ def matches(password: str, hashed: str) -> bool:
         _, _, costs, salt, expected = hashed.split("$")
         log_n, r, p = (int(cost.partition("=")[2]) for cost in costs.split(","))
         wanted = _unpadded(expected)
-        return hmac.compare_digest(scrypt(password, _unpadded(salt), log_n, r, p, len(wanted)), wanted)
+        return hmac.compare_digest(scrypt(octets, _unpadded(salt), log_n, r, p, len(wanted)), wanted)
     if hashed.startswith("$6$"):
         return bool(sha512_crypt.verify(octets, hashed))
     raise ValueError("not a supported hash")

@@ -16,6 +16,7 @@ import email.header
 import email.utils
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -31,6 +32,8 @@ MAXIMUM_RECEIVED: Final = 50
 """Hops after which mail is taken to go round. As Postfix's hopcount_limit; RFC 5321 section 6.3 would have 100 for
 servers in the middle of a path, and here it begins."""
 MAXIMUM_AUTHORS: Final = 100
+_MAXIMUM_DISPLAY: Final = 100
+"""Characters of a display name that the relay writes itself: encoded, they are still one line."""
 
 AUTHOR_FIELDS: Final = ("from", "sender", "resent-from", "resent-sender")
 """Fields that say who wrote or sent the message (RFC 5322 sections 3.6.2 and 3.6.6)."""
@@ -394,9 +397,14 @@ def decoded(text: str) -> str:
     if "=?" not in text:
         return text
     try:
-        return str(email.header.make_header(email.header.decode_header(text)))
+        shown = str(email.header.make_header(email.header.decode_header(text)))
     except (email.errors.MessageError, ValueError, LookupError):  # bad base64, octets or charset
         return text
+    # Decoding makes controls possible: nobody sees a format character (Cf), and a line end must not reach a header.
+    return "".join(
+        character if character.isprintable() else "" if unicodedata.category(character) == "Cf" else " "
+        for character in shown
+    )
 
 
 # --- the relay's own work -------------------------------------------------------------------------------------------
@@ -409,7 +417,7 @@ def received_count(fields: Iterable[Field]) -> int:
 def readdress(
     fields: Sequence[Field], found: Sequence[Author], is_local: Callable[[str], bool], replacement: Mailbox
 ) -> tuple[Field, ...]:
-    """The fields with `replacement` for an author that is an account of some machine (`root@localhost`).
+    """The fields with `replacement`, an ASCII address, for an author that is an account of some machine (`root@localhost`).
 
     Where From has such an author it becomes the replacement under the same display name, and what it was becomes
     Reply-To unless there is one; such a Sender goes away.
@@ -420,17 +428,14 @@ def readdress(
         if field.key == "sender" and "sender" in local:
             continue
         if field.key == "from" and "from" in local:
-            name = email.utils.formataddr((local["from"].display, str(replacement)))
-            changed.append(_new_field("From", name.encode("ascii", "replace")))
+            name = local["from"].display[:_MAXIMUM_DISPLAY]
+            value = email.utils.formataddr((name, str(replacement))).encode("ascii")
+            changed.append(Field("from", value, b"From: " + value + b"\r\n"))
             if not any(other.key == "reply-to" for other in fields):
-                changed.append(_new_field("Reply-To", field.value))
+                changed.append(Field("reply-to", field.value, b"Reply-To" + field.raw[field.raw.index(b":") :]))
             continue
         changed.append(field)
     return tuple(changed)
-
-
-def _new_field(name: str, value: bytes) -> Field:
-    return Field(name.lower(), value, name.encode() + b": " + value + b"\r\n")
 
 
 def prepare(

@@ -8,7 +8,6 @@ nesting is also a way to hide.
 from __future__ import annotations
 
 import base64
-import binascii
 import email.message
 import email.parser
 import quopri
@@ -47,10 +46,9 @@ class Part:
         if self.encoding == "base64":
             # Twice what is needed, for line ends and junk between the digits.
             digits = _NOT_BASE64.sub(b"", self.payload[: limit * 2 + 4])
-            try:
-                return base64.b64decode(digits[: len(digits) // 4 * 4])[:limit]
-            except binascii.Error:
-                return b""
+            if len(digits) % 4 == 1:  # six bits are no octet
+                digits = digits[:-1]
+            return base64.b64decode(digits + b"=" * (-len(digits) % 4))[:limit]
         if self.encoding == "quoted-printable":
             return quopri.decodestring(self.payload[: limit * 3])[:limit]
         return self.payload[:limit]

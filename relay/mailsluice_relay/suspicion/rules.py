@@ -187,8 +187,8 @@ def executable_attachment(mail: Mail, settings: SpamRule) -> Observation | None:
         if part.is_too_deep:
             return Observation("nested out of sight", f"{mime.MAXIMUM_DEPTH} levels")
         # Windows ignores dots and blanks at the end of a name.
-        extension = part.filename.rstrip(". \t").rpartition(".")[2].lower()
-        if part.filename and extension in EXECUTABLE_EXTENSIONS:
+        _, dot, extension = part.filename.rstrip(". \t").lower().rpartition(".")
+        if dot and extension in EXECUTABLE_EXTENSIONS:
             return Observation(f"attachment named .{extension}")
         if not part.content_type.startswith("text/"):
             front = part.decoded(16)
