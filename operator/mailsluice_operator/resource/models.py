@@ -518,6 +518,28 @@ class SpamRules(Struct, frozen=True, kw_only=True):
     """A program is attached."""
 
 
+SpamRule = (
+    ForgedHeaderFrom
+    | RecipientBurst
+    | UnknownRecipients
+    | NewNetworks
+    | VolumeAnomaly
+    | SameBodyFanOut
+    | LinkShortener
+    | ExecutableAttachment
+)
+DEFAULT_SPAM_RULES: Final[dict[str, SpamRule]] = {
+    "forged_header_from": ForgedHeaderFrom(),
+    "recipient_burst": RecipientBurst(),
+    "unknown_recipients": UnknownRecipients(),
+    "new_networks": NewNetworks(),
+    "volume_anomaly": VolumeAnomaly(),
+    "same_body_fan_out": SameBodyFanOut(),
+    "link_shortener": LinkShortener(),
+    "executable_attachment": ExecutableAttachment(),
+}
+"""What a rule that is left out runs with, by its attribute in SpamRules."""
+
 EngineAddress = Annotated[str, Meta(min_length=3, max_length=320, pattern=r"^[^\s/@]+:[0-9]{1,5}$")]
 
 

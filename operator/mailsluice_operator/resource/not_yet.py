@@ -1,0 +1,170 @@
+"""Fields that this release accepts, so that manifests need not change later, but does not act on yet.
+
+One table. Where doing nothing would be harmful (mail to people it was not meant for, mail on no disk, an address taken
+for another's) the configuration is refused; elsewhere the check warns and the operator reports it in Degraded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, SpamRules, Upstream
+from mailsluice_operator.resource.presets import PRESETS
+from mailsluice_relay.config import IMPLEMENTED_SPAM_RULES, QueueMode, UpstreamType
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """One field of a resource that has no effect yet."""
+
+    field: str
+    message: str
+    """What that means, and what to do meanwhile."""
+    refused: bool = False
+
+
+def not_yet(resource: SmtpRelay | SmtpUser) -> tuple[NotYet, ...]:
+    """Everything that the resource says to no effect."""
+    if isinstance(resource, SmtpUser):
+        return tuple(_of_user(resource))
+    return tuple(found for look in _LOOKS for found in look(resource))
+
+
+def refused(relay: SmtpRelay) -> tuple[NotYet, ...]:
+    """What the relay must not run with."""
+    return tuple(item for item in not_yet(relay) if item.refused)
+
+
+def _of_user(user: SmtpUser) -> Iterator[NotYet]:
+    if user.spec.rotation is not None:
+        yield NotYet("spec.rotation", "passwords are not changed by themselves yet; delete the Secret to get a new one")
+
+
+# --- What would be harmful --------------------------------------------------------------------------------------------
+
+
+def _proxy_protocol(relay: SmtpRelay) -> Iterator[NotYet]:
+    for index, listener in enumerate(relay.spec.listeners):
+        if listener.proxy_protocol is not None:
+            yield NotYet(
+                f"spec.listeners[{index}].proxyProtocol",
+                "the PROXY protocol is not read yet: the listener is left out",
+            )
+
+
+def _redirect(relay: SmtpRelay) -> Iterator[NotYet]:
+    if relay.spec.recipients.redirect_to:
+        yield NotYet(
+            "spec.recipients.redirectTo",
+            "mail is not redirected yet; remove it to send to real recipients",
+            refused=True,
+        )
+
+
+def _pass_through(relay: SmtpRelay) -> Iterator[NotYet]:
+    if relay.spec.queue.mode is QueueMode.PASS_THROUGH:
+        yield NotYet("spec.queue.mode", "PassThrough is not there yet; use Persistent", refused=True)
+
+
+def _upstreams(relay: SmtpRelay) -> Iterator[NotYet]:
+    for index, upstream in enumerate(relay.spec.upstreams):
+        if (why := left_out(upstream)) is not None:
+            yield NotYet(f"spec.upstreams[{index}].{why[0]}", why[1])
+
+
+def left_out(upstream: Upstream, *, has_grant: bool = False) -> tuple[str, str] | None:
+    """Why the relay cannot deliver to an upstream yet: the field and the message; None if it can.
+
+    `has_grant`: its Secret holds an OAuth grant, which the resource alone does not tell.
+    """
+    if upstream.type is UpstreamType.DIRECT_TO_MX:
+        return "type", f"DirectToMX is not there yet: upstream {upstream.name} is left out; use a host or a preset"
+    preset = PRESETS.get(upstream.preset) if upstream.preset is not None else None
+    if preset is not None and preset.is_oauth_only:
+        return (
+            "preset",
+            f"{upstream.preset} takes OAuth alone, which is not there yet: upstream {upstream.name} is left out",
+        )
+    if has_grant:
+        return (
+            "credentialsSecretRef",
+            f"OAuth is not there yet: upstream {upstream.name} is left out; use a password if the provider takes one",
+        )
+    return None
+
+
+# --- What merely does not help yet ------------------------------------------------------------------------------------
+
+
+def _tls(relay: SmtpRelay) -> Iterator[NotYet]:
+    if relay.spec.tls.issuer_ref is not None:
+        yield NotYet("spec.tls.issuerRef", "no certificate is asked for yet; the operator's own authority makes it")
+    if relay.spec.tls.client_ca_secret_ref is not None:
+        yield NotYet(
+            "spec.tls.clientCASecretRef", "client certificates are verified, but nobody is logged in by one yet"
+        )
+
+
+def _authentication(relay: SmtpRelay) -> Iterator[NotYet]:
+    authentication = relay.spec.authentication
+    if authentication.client_certificates is not None:
+        yield NotYet(
+            "spec.authentication.clientCertificates", "login with a certificate is not there yet; use passwords"
+        )
+    if authentication.service_account_tokens is not None:
+        yield NotYet("spec.authentication.serviceAccountTokens", "login with a token is not there yet; use SmtpUser")
+
+
+def _rate_limit_store(relay: SmtpRelay) -> Iterator[NotYet]:
+    if relay.spec.rate_limit_store is not None:
+        yield NotYet("spec.rateLimitStore", "replicas do not count together yet: rateLimits hold for each replica")
+
+
+def _spam(relay: SmtpRelay) -> Iterator[NotYet]:
+    for field in msgspec.structs.fields(SpamRules):
+        given = getattr(relay.spec.spam.rules, field.name)
+        if given is not None and given.score > 0 and field.encode_name not in IMPLEMENTED_SPAM_RULES:
+            yield NotYet(
+                f"spec.spam.rules.{field.encode_name}", "this rule is not there yet: it adds nothing to scores"
+            )
+    for index, engine in enumerate(relay.spec.spam.engines):
+        yield NotYet(f"spec.spam.engines[{index}]", f"engines are not asked yet: {engine.name} sees no mail")
+
+
+def _mail(relay: SmtpRelay) -> Iterator[NotYet]:
+    if relay.spec.bounces.address is not None:
+        yield NotYet("spec.bounces.address", "bounces go out with the empty reverse-path as always")
+    if relay.spec.dkim:
+        yield NotYet("spec.dkim", "mail is not signed yet; let the upstream sign it")
+
+
+def _cluster(relay: SmtpRelay) -> Iterator[NotYet]:
+    spec = relay.spec
+    if spec.autoscaling is not None:
+        yield NotYet(
+            "spec.autoscaling", "no HorizontalPodAutoscaler is made yet; point one of your own at this resource's scale"
+        )
+    if spec.network_policy is not None and spec.network_policy.enabled:
+        yield NotYet("spec.networkPolicy", "no NetworkPolicy is made yet; apply one of your own")
+    if spec.monitoring.pod_monitor:
+        yield NotYet("spec.monitoring.podMonitor", "no PodMonitor is made yet; apply one of your own")
+    if spec.monitoring.rules:
+        yield NotYet("spec.monitoring.rules", "no PrometheusRule is made yet; apply one of your own")
+
+
+_LOOKS: Final[tuple[Callable[[SmtpRelay], Iterator[NotYet]], ...]] = (
+    _proxy_protocol,
+    _redirect,
+    _pass_through,
+    _upstreams,
+    _tls,
+    _authentication,
+    _rate_limit_store,
+    _spam,
+    _mail,
+    _cluster,
+)
