@@ -193,6 +193,17 @@ def shop(cluster: NodeCluster) -> Shop:
     return shop
 
 
+def test_the_relay_image_holds_only_what_a_relay_needs(shop: Shop) -> None:
+    look = """
+import importlib.util, json, os, shutil
+unwanted = ("kopf", "kubernetes", "mailsluice_operator", "pip", "ensurepip")
+modules = [name for name in unwanted if importlib.util.find_spec(name)]
+programs = [name for name in ("pip", "pip3", "cc", "gcc", "mailsluice-operator") if shutil.which(name)]
+print(json.dumps([os.getuid(), modules, programs]))
+"""
+    assert json.loads(shop.kubectl("exec", "client", "--", "python3", "-c", look)) == [65532, [], []]
+
+
 def test_a_relay_takes_mail_soon_after_it_was_applied(
     shop: Shop, eventually: Eventually, capsys: pytest.CaptureFixture[str]
 ) -> None:
