@@ -131,7 +131,9 @@ class _Policy:
         """Whether the address is the identity's own, as far as the relay looks at that."""
         if identity.rights is None:  # who has no login was granted nothing, `<>` neither
             return sender is not None
-        return self.ownership is Ownership.OFF or sender == self.default_from or identity.rights.owns(sender)
+        if self.ownership is Ownership.OFF or (sender is not None and sender == self.default_from):
+            return True
+        return identity.rights.owns(sender)
 
     def sender_refused(self, identity: _Identity, sender: Mailbox | None) -> Reason | None:
         """Why this identity may not send as this address; None: it may."""
@@ -287,7 +289,7 @@ class Admission:
 
         opinion = policy.judge.opinion(
             Mail(
-                header=content.header,
+                fields=fields,
                 body=_prefix(content.body.chunks(), BODY_PREFIX),
                 authors=authors,
                 owns=lambda mailbox: policy.owns(identity, mailbox),

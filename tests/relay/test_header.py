@@ -61,12 +61,12 @@ def test_fields_are_unfolded_and_keep_their_octets() -> None:
         (b": a@b.test\r\n", "field name"),
         (b"Subject: x\r\nno colon here\r\n", "no colon"),
         (b" From: a@b.test\r\n", "begins with a continuation"),
-        (b"Subject: x\r\n \t \r\nFrom: a@b.test\r\n", "line 2 is blank"),
-        (b"Subject: x\r\n\r\nFrom: a@b.test\r\n", "line 2 is empty"),
+        (b"Subject: x\r\n \t \r\nFrom: a@b.test\r\n", "a line is blank"),
+        (b"Subject: x\r\n\r\nFrom: a@b.test\r\n", "a line is blank"),
         (b"Subject: x\rFrom: a@b.test\r\n", "bare CR"),
         (b"Subject: x\nFrom: a@b.test\r\n", "bare LF"),
         (b"Subject: x", "does not end with CRLF"),
-        (b"X: " + b"x" * 1000 + b"\r\n", "line 1 is longer"),
+        (b"X: " + b"x" * 1000 + b"\r\n", "a line of the field x is longer"),
         (b"X: x\r\n" * 1001, "more than 1000 fields"),
         (b"X: x\r\n" * 50_000, "larger than"),
         (b"From a@b.test Mon Jan 1 00:00:00 2026\r\nSubject: x\r\n", "field name"),
@@ -160,6 +160,7 @@ def test_addresses(value: str, expected: list[str]) -> None:
         "(" * 100 + ")" * 100 + " ann@example.test",
         ", ".join(["ann@example.test"] * 101),
         "<@relay.test ann@example.test>",
+        ", " * 20_000 + "ann@example.test",
     ],
 )
 def test_what_is_no_address_or_more_than_one_reading_is_refused(value: str) -> None:
@@ -310,7 +311,7 @@ def test_an_account_of_a_machine_becomes_the_default_author_and_stays_in_reply_t
 
 
 def test_a_display_name_cannot_write_fields_or_long_lines() -> None:
-    text = "From: =?utf-8?q?x=0D=0ABcc=3A_evil?=" + "\r\n ä" * 5000 + " <root@localhost>\r\n"
+    text = "From: =?utf-8?q?x=0D=0ABcc=3A_evil?=" + "\r\n ä" * 3000 + " <root@localhost>\r\n"
     fields = header.parse(text.encode())
     found = header.authors(fields, internationalized=False)
     changed = header.readdress(fields, found, is_local_name, Mailbox("noreply", "example.test"))

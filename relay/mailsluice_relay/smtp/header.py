@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from mailsluice_relay.envelope import Mailbox
 
@@ -31,6 +31,8 @@ MAXIMUM_LINE: Final = 998
 MAXIMUM_RECEIVED: Final = 50
 """Hops after which mail is taken to go round. As Postfix's hopcount_limit; RFC 5321 section 6.3 would have 100 for
 servers in the middle of a path, and here it begins."""
+MAXIMUM_AUTHOR_FIELD: Final = 16 * 1024
+"""Octets of a From or a Sender: reading one in Python takes a millisecond for each thousand."""
 MAXIMUM_AUTHORS: Final = 100
 _MAXIMUM_DISPLAY: Final = 100
 """Characters of a display name that the relay writes itself: encoded, they are still one line."""
@@ -51,6 +53,11 @@ _SINGLE_FIELDS: Final = frozenset(
 _REMOVED_FIELDS: Final = frozenset({"bcc", "resent-bcc", SUSPECTED_FIELD.lower()})
 """Whom a blind copy went to is nobody's business (RFC 5322 section 3.6.3); the mark is ours to set."""
 
+_FIELD = re.compile(
+    rb"([!-9;-~]+):"  # ftext (RFC 5322 section 2.2)
+    rb"([^\r\n\0]*\r\n"
+    rb"(?:[ \t]+[^ \t\r\n\0][^\r\n\0]*\r\n)*)"  # continuation lines, none of them blank
+)
 _FIELD_NAME = re.compile(rb"[!-9;-~]+")
 
 
@@ -58,8 +65,7 @@ class HeaderError(ValueError):
     """The header can be read in more than one way, or in none. The text is fit for the reply."""
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """A header field. `key` is the name in lower case, `value` the unfolded body, `raw` all octets with their CRLFs."""
 
     key: str
@@ -97,49 +103,51 @@ def parse(header: bytes) -> tuple[Field, ...]:
     """The fields of a header section in which every line ends with CRLF. Raises HeaderError."""
     if len(header) > MAXIMUM_HEADER:
         raise HeaderError(f"it is larger than {MAXIMUM_HEADER} octets")
-    if not header:
-        return ()
-    if b"\0" in header:
-        raise HeaderError("it contains NUL")
-    if not header.endswith(b"\r\n"):
-        raise HeaderError("its last line does not end with CRLF")
-    lines = header[:-2].split(b"\r\n")
-    groups: list[list[bytes]] = []
-    for number, line in enumerate(lines, start=1):
-        if len(line) > MAXIMUM_LINE:
-            raise HeaderError(f"line {number} is longer than {MAXIMUM_LINE} octets")
-        if b"\r" in line or b"\n" in line:
-            raise HeaderError(f"line {number} contains a bare CR or a bare LF")
-        if line[:1] in (b" ", b"\t"):
-            if not groups:
-                raise HeaderError("it begins with a continuation line")
-            if not line.strip(b" \t"):  # some programs take such a line for the end of the header
-                raise HeaderError(f"line {number} is blank")
-            groups[-1].append(line)
-        elif not line:
-            raise HeaderError(f"line {number} is empty")
-        else:
-            groups.append([line])
-    if len(groups) > MAXIMUM_FIELDS:
-        raise HeaderError(f"it has more than {MAXIMUM_FIELDS} fields")
-    fields = tuple(_field(group) for group in groups)
+    fields: list[Field] = []
     seen: set[str] = set()
-    for field in fields:
-        if field.key in _SINGLE_FIELDS and field.key in seen:
-            raise HeaderError(f"the field {field.key} stands twice")
-        seen.add(field.key)
-    return fields
+    position = 0
+    while position < len(header):
+        found = _FIELD.match(header, position)
+        if found is None:
+            raise HeaderError(_malformation(header[position:], is_first=position == 0))
+        name, body = found.groups()
+        key = name.decode("ascii").lower()
+        # Unfolding removes the CRLF and keeps the blanks (RFC 5322 section 2.2.3).
+        fields.append(Field(key, body.replace(b"\r\n", b"").strip(b" \t"), found[0]))
+        if len(found[0]) > MAXIMUM_LINE and any(len(line) > MAXIMUM_LINE for line in found[0].split(b"\r\n")):
+            raise HeaderError(f"a line of the field {_shown(key)} is longer than {MAXIMUM_LINE} octets")
+        if key in _SINGLE_FIELDS and key in seen:
+            raise HeaderError(f"the field {key} stands twice")
+        seen.add(key)
+        position = found.end()
+        if len(fields) > MAXIMUM_FIELDS:
+            raise HeaderError(f"it has more than {MAXIMUM_FIELDS} fields")
+    return tuple(fields)
 
 
-def _field(lines: Sequence[bytes]) -> Field:
-    name, colon, rest = lines[0].partition(b":")
+def _malformation(rest: bytes, *, is_first: bool) -> str:
+    """What is wrong with octets that do not begin with a field."""
+    line, ending, _ = rest.partition(b"\r\n")
+    name, colon, _ = line.partition(b":")
+    if b"\0" in line:
+        return "it contains NUL"
+    if b"\r" in line or b"\n" in line:
+        return "it contains a bare CR or a bare LF"
+    if not ending:
+        return "its last line does not end with CRLF"
+    if not line.strip(b" \t"):  # some programs take such a line for the end of the header
+        return "a line is blank"
+    if line[:1] in (b" ", b"\t"):
+        return "it begins with a continuation line" if is_first else "a continuation line cannot be read"
     if not colon:
-        raise HeaderError("a line has no colon")
+        return "a line has no colon"
     if not _FIELD_NAME.fullmatch(name):
-        raise HeaderError("a field name has a blank or an octet that is not printable ASCII")
-    # Unfolding removes the CRLF and keeps the blanks (RFC 5322 section 2.2.3).
-    value = b"".join((rest, *lines[1:])).strip(b" \t")
-    return Field(name.decode("ascii").lower(), value, b"\r\n".join(lines) + b"\r\n")
+        return "a field name has a blank or an octet that is not printable ASCII"
+    return "a line cannot be read"
+
+
+def _shown(key: str) -> str:
+    return key[:40]
 
 
 def value_of(fields: Iterable[Field], key: str) -> bytes | None:
@@ -155,6 +163,8 @@ def authors(fields: Iterable[Field], *, internationalized: bool) -> tuple[Author
     for field in fields:
         if field.key not in AUTHOR_FIELDS:
             continue
+        if len(field.value) > MAXIMUM_AUTHOR_FIELD:
+            raise HeaderError(f"the field {field.key} is longer than {MAXIMUM_AUTHOR_FIELD} octets")
         try:
             text = field.value.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -190,16 +200,8 @@ _SPECIALS = frozenset("<>@,;:.")
 _MAXIMUM_COMMENT_DEPTH = 16
 
 
-def _is_forbidden(character: str) -> bool:
-    """Controls (C0 save TAB, DEL, C1), and separators and directions that change what a reader sees."""
-    code = ord(character)
-    return (
-        (code < 0x20 and character != "\t")
-        or 0x7F <= code < 0xA0
-        or code in {0x2028, 0x2029}
-        or 0x202A <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
-    )
+_FORBIDDEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Controls save TAB, and separators and directions that change what a reader sees."""
 
 
 class _AddressList:
@@ -210,7 +212,7 @@ class _AddressList:
 
     def __init__(self, text: str, field: str) -> None:
         self._field = field
-        if any(_is_forbidden(character) for character in text):
+        if _FORBIDDEN.search(text):
             raise self._error("has a control character")
         self._tokens = self._scan(text)
         self._position = 0
@@ -417,10 +419,10 @@ def received_count(fields: Iterable[Field]) -> int:
 def readdress(
     fields: Sequence[Field], found: Sequence[Author], is_local: Callable[[str], bool], replacement: Mailbox
 ) -> tuple[Field, ...]:
-    """The fields with `replacement`, an ASCII address, for an author that is an account of some machine (`root@localhost`).
+    """The fields with `replacement` for an author that is an account of some machine (`root@localhost`).
 
-    Where From has such an author it becomes the replacement under the same display name, and what it was becomes
-    Reply-To unless there is one; such a Sender goes away.
+    `replacement` is ASCII. Where From has such an author it becomes the replacement under the same display name, and
+    what it was becomes Reply-To unless there is one; such a Sender goes away.
     """
     local = {author.field: author for author in found if is_local(author.mailbox.domain)}
     changed: list[Field] = []

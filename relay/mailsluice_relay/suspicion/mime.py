@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import base64
 import email.message
-import email.parser
 import quopri
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mailsluice_relay.smtp.header import decoded
+from mailsluice_relay.smtp.header import Field, decoded
 
 MAXIMUM_DEPTH: Final = 10
 MAXIMUM_PARTS: Final = 200
 _MAXIMUM_PART_HEADER: Final = 16 * 1024
 
 _MIME_FIELDS = re.compile(
-    rb"^(?:content-type|content-disposition|content-transfer-encoding):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*",
+    rb"^(content-type|content-disposition|content-transfer-encoding):([^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*)",
     re.IGNORECASE | re.MULTILINE,
 )
 _NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/]")
@@ -54,49 +53,50 @@ class Part:
         return self.payload[:limit]
 
 
-def parts(header: bytes, body: bytes) -> Iterator[Part]:
-    """The leaves in order. `header` and `body` are of the message, `body` possibly cut."""
-    budget = [MAXIMUM_PARTS]
-    yield from _walk(header, body, 0, budget)
+def parts(fields: Iterable[Field], body: bytes) -> Iterator[Part]:
+    """The leaves in order, of a message with these header fields; `body` is possibly cut."""
+    own = [(field.key.encode(), field.value) for field in fields if field.key.startswith("content-")]
+    yield from _walk(own, body, 0, [MAXIMUM_PARTS])
 
 
-def _walk(header: bytes, body: bytes, depth: int, budget: list[int]) -> Iterator[Part]:
+def _walk(fields: Iterable[tuple[bytes, bytes]], body: bytes, depth: int, budget: list[int]) -> Iterator[Part]:
     if budget[0] <= 0:
         return
     budget[0] -= 1
-    fields = _fields(header)
-    content_type = fields.get_content_type()
-    boundary = fields.get_boundary() if content_type.startswith("multipart/") else None
+    # The standard library's message reads the parameters (RFC 2231); its parser would cost more than all the rest.
+    header = email.message.Message()
+    for name, value in fields:
+        header[name.decode("ascii")] = value.replace(b"\r\n", b"").decode("utf-8", "replace").strip()
+    content_type = header.get_content_type()
+    boundary = header.get_boundary() if content_type.startswith("multipart/") else None
     embedded = content_type == "message/rfc822"
     if depth > MAXIMUM_DEPTH and (boundary or embedded):
         yield Part(content_type, "", "", b"", is_too_deep=True)
     elif boundary:
-        for section in _sections(body, boundary.encode("ascii", "replace")):
+        for section in _sections(body, boundary.encode()):
+            if budget[0] <= 0:
+                return
             yield from _walk(*_split(section), depth + 1, budget)
     elif embedded:
         yield from _walk(*_split(body), depth + 1, budget)
     else:
-        encoding = str(fields.get("content-transfer-encoding", "")).strip().lower()
-        yield Part(content_type, decoded(fields.get_filename("")), encoding, body)
+        encoding = str(header.get("content-transfer-encoding", "")).lower()
+        yield Part(content_type, decoded(header.get_filename("")), encoding, body)
 
 
-def _fields(header: bytes) -> email.message.Message:
-    """The MIME fields alone: a header has many more, and parsing those would be most of the work."""
-    fields = b"".join(_MIME_FIELDS.findall(header[:_MAXIMUM_PART_HEADER]))
-    return email.parser.BytesParser().parsebytes(fields, headersonly=True)
-
-
-def _split(section: bytes) -> tuple[bytes, bytes]:
-    """Header with the CRLF of its last field, and body."""
+def _split(section: bytes) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+    """The MIME fields of a part, and its body."""
     if section.startswith(b"\r\n"):
-        return b"", section[2:]
+        return (), section[2:]
     header, blank, body = section.partition(b"\r\n\r\n")
-    return header + b"\r\n", body if blank else b""
+    return _MIME_FIELDS.findall(header[:_MAXIMUM_PART_HEADER] + b"\r\n"), body if blank else b""
 
 
 def _sections(body: bytes, boundary: bytes) -> Iterator[bytes]:
     """What stands between the delimiter lines (RFC 2046 section 5.1.1); a missing last one is forgiven."""
-    delimiter = re.compile(rb"(?:\A|\r\n)--" + re.escape(boundary) + rb"(--)?[ \t]*(?=\r\n|\Z)")
+    body = b"\r\n" + body  # the first delimiter needs no line before it
+    # The literal in front lets `re` search as fast as bytes.find.
+    delimiter = re.compile(rb"\r\n--" + re.escape(boundary) + rb"(--)?[ \t]*(?=\r\n|\Z)")
     start: int | None = None
     for found in delimiter.finditer(body):
         if start is not None:

@@ -22,7 +22,7 @@ from mailsluice_relay.config import (
 )
 from mailsluice_relay.envelope import Mailbox
 from mailsluice_relay.reply import Reason
-from mailsluice_relay.smtp.header import Author
+from mailsluice_relay.smtp.header import Author, Field
 from mailsluice_relay.suspicion import mime
 from mailsluice_relay.suspicion.behaviour import Behaviour
 
@@ -34,7 +34,7 @@ BODY_PREFIX: Final = 1024 * 1024
 class Mail:
     """A message as rules see it."""
 
-    header: bytes
+    fields: Sequence[Field]
     body: bytes
     """At most BODY_PREFIX octets."""
     authors: Sequence[Author]
@@ -49,7 +49,7 @@ class Mail:
 
     @cached_property
     def parts(self) -> Sequence[mime.Part]:
-        return tuple(mime.parts(self.header, self.body))
+        return tuple(mime.parts(self.fields, self.body))
 
     @cached_property
     def text(self) -> bytes:
@@ -80,6 +80,8 @@ Function = Callable[[Mail, SpamRule], Observation | None]
 # --- who is it said to be from --------------------------------------------------------------------------------------
 
 _ADDRESS_IN_TEXT = re.compile(r"([^\s<>\"'(),:;@]{1,64})@((?:[\w-]{1,63}\.)+[^\W\d_]{2,63})")
+_SHOWN: Final = 2000
+"""Characters of a display name: no program shows more."""
 
 
 def forged_header_from(mail: Mail, settings: SpamRule) -> Observation | None:
@@ -87,7 +89,8 @@ def forged_header_from(mail: Mail, settings: SpamRule) -> Observation | None:
     for author in mail.authors:
         if not mail.owns(author.mailbox):
             return Observation(f"{author.mailbox} is not the login's")
-        for local_part, domain in _ADDRESS_IN_TEXT.findall(author.display):
+        shown_part = author.display[:_SHOWN] if "@" in author.display else ""
+        for local_part, domain in _ADDRESS_IN_TEXT.findall(shown_part):
             shown = Mailbox(local_part, domain)
             if domain.lower() != author.mailbox.domain.lower() and not mail.owns(shown):
                 return Observation(f"{shown} shown for {author.mailbox}")
