@@ -131,6 +131,7 @@ class Session(aiosmtpd.smtp.SMTP):
         self._half_closed = False
         self._finished = False
         self._said_hello = False
+        self._said_quit = False
         self._firsts: dict[Result, Reason] = {}
         """The first event of each class."""
         self._queue_ids: list[str] = []
@@ -226,7 +227,7 @@ class Session(aiosmtpd.smtp.SMTP):
         self._closing = True
         self._discard_content()
         self._set_timer(self.loop.time() + LINGER)
-        if self.client.tls is None and transport.can_write_eof():
+        if self.client.tls is None and not self._said_quit and transport.can_write_eof():
             # The client closes on its side once it has read the reply; what it sends until then is read and dropped.
             if self._reading_paused:
                 transport.resume_reading()
@@ -343,6 +344,7 @@ class Session(aiosmtpd.smtp.SMTP):
         self._engine.answer(event.reply)
 
     def _on_command(self, event: engine.Command) -> None:
+        self._said_quit = event.verb == b"QUIT"
         self._engine.answer(event.reply)
 
     def _on_start_tls(self, _event: engine.StartTLS) -> None:
