@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import itertools
-from collections.abc import Callable
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import trustme
 
 from mailsluice_relay.envelope import Envelope, Mailbox, Message, Recipient
 from mailsluice_relay.spool.content import ContentWriter
@@ -52,3 +57,204 @@ def make_message(tmp_path: Path) -> MakeMessage:
         )
 
     return make
+
+
+# --- an upstream that answers by script ------------------------------------------------------------------------------
+@dataclass
+class Received:
+    """A transaction that the upstream took."""
+
+    mail: str
+    recipients: list[str]
+    text: bytes
+
+
+@dataclass
+class ScriptedUpstream:
+    """A real SMTP server on a real socket, which answers as it is told.
+
+    `answers` maps a command's verb, its first words (`RCPT TO:<a@b>`) or `.` (the end of data) to what is answered from
+    then on: one reply, or a list to be used up first; `close` and `hang` instead of a reply do so.
+    """
+
+    extensions: tuple[str, ...] = ("PIPELINING", "SIZE 10000000", "8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES")
+    answers: dict[str, str | list[str]] = field(default_factory=dict)
+    tls: ssl.SSLContext | None = None
+    implicit_tls: bool = False
+    greeting: str = "220 upstream.test ESMTP"
+    password: str | None = None
+    received: list[Received] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    reads: list[bytes] = field(default_factory=list)
+    connections: int = 0
+    open: int = 0
+    most_open: int = 0
+    port: int = 0
+    _server: asyncio.Server | None = None
+    _sessions: set[asyncio.Task[None]] = field(default_factory=set)
+    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    async def start(self, port: int = 0) -> None:
+        self._server = await asyncio.start_server(
+            self._session, "127.0.0.1", port or self.port, ssl=self.tls if self.implicit_tls else None
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        for task in list(self._sessions):
+            task.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
+
+    def texts(self) -> list[bytes]:
+        return [item.text for item in self.received]
+
+    async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._sessions.add(task)
+        self._writers.add(writer)
+        self.connections += 1
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        try:
+            await self._dialogue(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError, ssl.SSLError, EOFError):
+            pass
+        finally:
+            self.open -= 1
+            self._sessions.discard(task)
+            self._writers.discard(writer)
+            writer.close()
+
+    def _answer(self, line: str, default: str) -> str:
+        verb = line.split(" ")[0].upper()
+        for key, answer in self.answers.items():
+            if verb == key or (" " in key and line.startswith(key)):
+                if isinstance(answer, str):
+                    return answer
+                return answer.pop(0) if answer else default
+        return default
+
+    async def _dialogue(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def say(reply: str) -> None:
+            if reply == "close":
+                writer.transport.abort()
+                raise EOFError
+            if reply == "hang":
+                await asyncio.Event().wait()
+            writer.write(reply.encode() + b"\r\n")
+            await writer.drain()
+            if reply.startswith("421"):
+                raise EOFError
+
+        encrypted, authenticated = self.implicit_tls, False
+        mail, recipients = "", []
+        await say(self._answer("GREETING", self.greeting))
+        while line := (await reader.readuntil(b"\n")).decode().rstrip("\r\n"):
+            self.commands.append(line)
+            verb = line.split(" ")[0].upper()
+            if verb == "EHLO":
+                offered = [*self.extensions]
+                if self.tls is not None and not encrypted:
+                    offered.append("STARTTLS")
+                if self.password is not None:
+                    offered.append("AUTH PLAIN LOGIN")
+                words = ["upstream.test", *offered]
+                greeting = "\r\n".join(f"250-{word}" for word in words[:-1])
+                default = f"{greeting}\r\n250 {words[-1]}" if len(words) > 1 else f"250 {words[0]}"
+                await say(self._answer(line, default))
+            elif verb == "STARTTLS":
+                await say(self._answer(line, "220 2.0.0 go ahead"))
+                await writer.start_tls(self.tls)
+                encrypted = True
+            elif verb == "AUTH":
+                await self._authenticate(line, reader, say)
+                authenticated = True
+            elif verb == "MAIL":
+                default = "250 2.1.0 OK"
+                if self.password is not None and not authenticated:
+                    default = "530 5.7.0 Authentication required"
+                reply = self._answer(line, default)
+                if reply.startswith("2"):
+                    mail, recipients = line, []
+                await say(reply)
+            elif verb == "RCPT":
+                reply = self._answer(line, "250 2.1.5 OK" if mail else "503 5.5.1 MAIL first")
+                if reply.startswith("2"):
+                    recipients.append(line)
+                await say(reply)
+            elif verb == "DATA":
+                reply = self._answer(line, "354 go" if recipients else "503 5.5.1 RCPT first")
+                await say(reply)
+                if reply.startswith("354"):
+                    raw = bytearray(b"\r\n")
+                    while not raw.endswith(b"\r\n.\r\n"):
+                        raw += await reader.readuntil(b"\n")
+                    text = bytes(raw[:-3]).replace(b"\r\n..", b"\r\n.")[2:]
+                    reply = self._answer(".", "250 2.0.0 taken" if recipients else "554 5.5.1 no recipients")
+                    if reply.startswith("2"):
+                        self.received.append(Received(mail, recipients, text))
+                    mail, recipients = "", []
+                    await say(reply)
+            elif verb == "QUIT":
+                await say("221 2.0.0 bye")
+                return
+            elif verb in {"RSET", "HELO", "NOOP"}:
+                mail, recipients = "", []
+                await say(self._answer(line, "250 2.0.0 OK"))
+            else:
+                await say("500 5.5.1 what?")
+
+    async def _authenticate(
+        self, line: str, reader: asyncio.StreamReader, say: Callable[[str], Awaitable[None]]
+    ) -> None:
+        words = line.split(" ")
+        if words[1] == "PLAIN":
+            given = base64.b64decode(words[2]).decode().split("\0")[2]
+        else:
+            await say("334 VXNlcm5hbWU6")
+            await reader.readuntil(b"\n")
+            await say("334 UGFzc3dvcmQ6")
+            given = base64.b64decode(await reader.readuntil(b"\n")).decode()
+        default = "235 2.7.0 welcome" if given == self.password else "535 5.7.8 wrong"
+        await say(self._answer("AUTH", default))
+
+
+MakeUpstream = Callable[..., Awaitable[ScriptedUpstream]]
+
+
+@pytest.fixture
+async def make_upstream() -> AsyncIterator[MakeUpstream]:
+    """Starts scripted upstreams: `await make_upstream(answers={"RCPT": "550 5.1.1 no"})`."""
+    started: list[ScriptedUpstream] = []
+
+    async def make(**settings: object) -> ScriptedUpstream:
+        upstream = ScriptedUpstream(**settings)  # type: ignore[arg-type] - a test names the fields that it means
+        await upstream.start()
+        started.append(upstream)
+        return upstream
+
+    yield make
+    for upstream in started:
+        await upstream.stop()
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+async def _until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event, and the wait is bounded
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def until() -> Callable[..., Awaitable[None]]:
+    """Waits, boundedly, for something to become true: `await until(lambda: upstream.received)`."""
+    return _until

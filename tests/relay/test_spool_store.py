@@ -91,7 +91,7 @@ async def test_concurrent_messages_share_commits(tmp_path: Path, make_message: A
 
 async def test_due_comes_in_order_of_time_page_by_page(tmp_path: Path, make_message: Any) -> None:
     async with opened(tmp_path) as spool:
-        for when in (30.0, 10.0, 20.0, 10.0, 99.0):
+        for when in (10.0, 30.0, 20.0, 10.0, 99.0):
             await spool.put(make_message(queue_id=f"Q{when:.0f}-{spool.number(State.ACTIVE)}", received_at=when))
         seen, cursor = [], None
         while True:
@@ -100,7 +100,7 @@ async def test_due_comes_in_order_of_time_page_by_page(tmp_path: Path, make_mess
             if page.cursor is None:
                 break
             cursor = page.cursor
-        assert seen == ["Q10-1", "Q10-3", "Q20-2", "Q30-0"]
+        assert seen == ["Q10-0", "Q10-3", "Q20-2", "Q30-1"]
         assert await spool.next_due(50.0) == 99.0
         assert await spool.oldest() == 10.0
 

@@ -62,10 +62,10 @@ class Reader:
 
     def oldest(self) -> float | None:
         """When the oldest message that is not held was received."""
-        (when,) = self._connection.execute(
-            "SELECT min(received_at) FROM messages WHERE next_attempt IS NOT NULL"
+        row = self._connection.execute(  # rows are in the order in which messages came
+            "SELECT received_at FROM messages WHERE next_attempt IS NOT NULL ORDER BY id LIMIT 1"
         ).fetchone()
-        return None if when is None else float(when)
+        return None if row is None else float(row[0])
 
     def get(self, queue_id: str) -> Entry | None:
         """Raises RecordError for one that cannot be read."""

@@ -1,0 +1,248 @@
+"""All upstreams together: routes a message's recipients, fails over, and keeps one pool for each upstream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+import structlog
+
+from mailsluice_relay.config import Configuration, ConfigurationError, Credentials, QueueMode, Upstream
+from mailsluice_relay.delivery.client import Mail, Timeouts
+from mailsluice_relay.delivery.outcome import Failed, FailureClass, Outcome, Retry, Stage
+from mailsluice_relay.delivery.pool import Clocks, Pool, UpstreamState
+from mailsluice_relay.delivery.route import candidates, choose
+from mailsluice_relay.delivery.target import Target, target_of
+from mailsluice_relay.dispatch.conclusion import Result
+from mailsluice_relay.envelope import Content, Mailbox
+from mailsluice_relay.metrics import Metrics
+from mailsluice_relay.spool.record import Entry
+
+RECIPIENTS_PER_TRANSACTION: Final = 100
+"""What every server must take (RFC 5321 section 4.5.3.1.8)."""
+
+NO_ROUTE_WAIT: Final = 300.0
+"""Seconds before mail that no upstream's `match` fits is looked at again: a new configuration may have one."""
+
+log = structlog.get_logger("mailsluice.dispatch")
+
+
+class Upstreams:
+    def __init__(
+        self, *, clocks: Clocks, metrics: Metrics, on_up: Callable[[], None], timeouts: Timeouts | None = None
+    ) -> None:
+        self._clocks = clocks
+        self._metrics = metrics
+        self._on_up = on_up
+        self._timeouts = timeouts
+        self._ordered: tuple[Upstream, ...] = ()
+        self._pools: dict[str, Pool] = {}
+        self._recipes: dict[str, object] = {}
+        self._bounce_address: Mailbox | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- configuration ------------------------------------------------------------------------------------------------
+    @staticmethod
+    def prepare(configuration: Configuration, credentials: Credentials) -> dict[str, Target]:
+        """Raises ConfigurationError; nothing has changed then."""
+        if configuration.queue.mode is QueueMode.PASS_THROUGH:
+            raise ConfigurationError("queue.mode: PassThrough is not in this release; use Persistent")
+        return {
+            upstream.name: target_of(index, upstream, credentials, hostname=configuration.hostname)
+            for index, upstream in enumerate(configuration.upstreams)
+        }
+
+    def apply(self, configuration: Configuration, credentials: Credentials, targets: Mapping[str, Target]) -> None:
+        """Pools of upstreams that have not changed stay as they are, with their connections and what they know."""
+        before, self._pools = self._pools, {}
+        recipes, self._recipes = self._recipes, {}
+        for upstream in configuration.upstreams:
+            name = upstream.name
+            self._recipes[name] = recipe = _recipe(configuration, credentials, upstream)
+            if recipes.get(name) == recipe:
+                self._pools[name] = before.pop(name)
+                continue
+            self._pools[name] = pool = Pool(
+                targets[name],
+                upstream.limits,
+                clocks=self._clocks,
+                on_up=self._on_up,
+                on_throttled=self._metrics.upstream_throttled.labels(name).inc,
+                timeouts=self._timeouts,
+            )
+            self._observe(name, pool)
+        for name, pool in before.items():
+            self._spawn(pool.close())
+            if name not in self._pools:
+                self._metrics.upstream_up.remove(name)
+                self._metrics.upstream_connections.remove(name)
+        self._ordered = configuration.upstreams
+        self._bounce_address = mailbox_of(configuration.bounces.address)
+
+    def _observe(self, name: str, pool: Pool) -> None:
+        self._metrics.upstream_up.labels(name).set_function(lambda: float(pool.is_up))
+        self._metrics.upstream_connections.labels(name).set_function(lambda: float(pool.connections))
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """How many transactions each upstream takes at once."""
+        return {upstream.name: upstream.limits.connections for upstream in self._ordered}
+
+    # --- state --------------------------------------------------------------------------------------------------------
+    def states(self) -> Mapping[str, UpstreamState]:
+        return {name: pool.state for name, pool in self._pools.items()}
+
+    def check(self) -> None:
+        """Look at every upstream before there is any mail."""
+        for pool in self._pools.values():
+            self._spawn(pool.check())
+
+    def probe(self) -> None:
+        """Look at once at those that are down."""
+        for pool in self._pools.values():
+            if not pool.is_up:
+                pool.probe(at_once=True)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- mail ---------------------------------------------------------------------------------------------------------
+    def lane_of(self, entry: Entry) -> str:
+        """Whose turn the message waits for: the upstream that its first pending recipient would go to now."""
+        recipient = entry.envelope.recipients[entry.pending[0]].mailbox
+        ordered = candidates(self._ordered, entry.envelope.sender, recipient)
+        chosen = choose(ordered, available=self._is_available, random=self._clocks.random)
+        if chosen is None:
+            chosen = ordered[0] if ordered else self._ordered[0]
+        return chosen.name
+
+    def _is_available(self, upstream: Upstream) -> bool:
+        return self._pools[upstream.name].is_available
+
+    async def deliver(self, entry: Entry, content: Content) -> dict[int, Result]:
+        """Try every pending recipient, at another upstream where one has a problem; a result for each of them."""
+        results: dict[int, Result] = {}
+        tried: defaultdict[int, set[str]] = defaultdict(set)
+        todo: Sequence[int] = entry.pending
+        while todo:
+            groups: dict[str, list[int]] = {}
+            for position in todo:
+                name = self._next_upstream(entry, position, tried[position])
+                if isinstance(name, Result):
+                    results.setdefault(position, name)
+                else:
+                    groups.setdefault(name, []).append(position)
+            todo = []
+            for name, positions in groups.items():
+                for start in range(0, len(positions), RECIPIENTS_PER_TRANSACTION):
+                    part = positions[start : start + RECIPIENTS_PER_TRANSACTION]
+                    todo += await self._transaction(name, entry, content, part, results, tried)
+        return results
+
+    def _next_upstream(self, entry: Entry, position: int, tried: set[str]) -> str | Result:
+        ordered = candidates(self._ordered, entry.envelope.sender, entry.envelope.recipients[position].mailbox)
+        untried = [upstream for upstream in ordered if upstream.name not in tried]
+        chosen = choose(untried, available=self._is_available, random=self._clocks.random)
+        if chosen is not None:
+            return chosen.name
+        if not ordered:
+            return _nowhere("no upstream's match fits this sender and recipient", NO_ROUTE_WAIT)
+        pools = [self._pools[upstream.name] for upstream in ordered]
+        return _nowhere(pools[0].why_not, min(pool.resumes_in() for pool in pools))
+
+    async def _transaction(
+        self,
+        name: str,
+        entry: Entry,
+        content: Content,
+        positions: Sequence[int],
+        results: dict[int, Result],
+        tried: defaultdict[int, set[str]],
+    ) -> list[int]:
+        """Fill in results; the positions that should be tried once more now."""
+        pool = self._pools.get(name)
+        if pool is None:  # reconfigured away while this message was under way
+            for position in positions:
+                tried[position].add(name)
+            return list(positions)
+        try:
+            outcomes = await self._send(pool, entry, content, positions)
+        except Exception as error:
+            log.exception("transaction_broke", queue_id=entry.queue_id, upstream=name)
+            broken = Retry(FailureClass.OTHER, Stage.CONNECT, f"local error: {type(error).__name__}")
+            outcomes = [broken for _ in positions]
+        counter = self._metrics.delivery_attempts
+        has_progress = any(not _is_overflow(outcome) for outcome in outcomes)
+        once_more = []
+        for position, outcome in zip(positions, outcomes, strict=True):
+            if _is_overflow(outcome) and has_progress:
+                once_more.append(position)
+                continue
+            results[position] = Result(outcome, name, pool.target.host)
+            if isinstance(outcome, Retry):
+                counter.labels(name, "deferred").inc()
+                if _should_fail_over(outcome):
+                    tried[position].add(name)
+                    once_more.append(position)
+            else:
+                counter.labels(name, "failed" if isinstance(outcome, Failed) else "delivered").inc()
+        return once_more
+
+    async def _send(self, pool: Pool, entry: Entry, content: Content, positions: Sequence[int]) -> list[Outcome]:
+        envelope = entry.envelope
+        recipients = [envelope.recipients[position] for position in positions]
+
+        def mail(sender: Mailbox | None) -> Mail:
+            return Mail(
+                sender, recipients, content, envelope.body, envelope.internationalized, envelope.ret, envelope.envid
+            )
+
+        outcomes = await pool.deliver(mail(envelope.sender))
+        if (
+            envelope.sender is None
+            and self._bounce_address is not None
+            and all(isinstance(outcome, Failed) and outcome.stage is Stage.MAIL for outcome in outcomes)
+        ):  # some providers refuse the null reverse-path from their customers
+            outcomes = await pool.deliver(mail(self._bounce_address))
+        return outcomes
+
+
+def mailbox_of(address: str | None) -> Mailbox | None:
+    if not address:
+        return None
+    local_part, _, domain = address.rpartition("@")
+    return Mailbox(local_part, domain)
+
+
+def _recipe(configuration: Configuration, credentials: Credentials, upstream: Upstream) -> object:
+    """Everything that a pool is made from."""
+    files = [upstream.ca, f"{upstream.credentials}.username", f"{upstream.credentials}.password"]
+    return configuration.hostname, upstream, [credentials.get(file) for file in files if file is not None]
+
+
+def _nowhere(text: str, resumes_in: float) -> Result:
+    return Result(Retry(FailureClass.UNAVAILABLE, Stage.CONNECT, text), resumes_in=resumes_in)
+
+
+def _is_overflow(outcome: Outcome) -> bool:
+    """The transaction was full; the recipient itself is not refused."""
+    return isinstance(outcome, Retry) and outcome.failure is FailureClass.RECIPIENTS
+
+
+def _should_fail_over(outcome: Retry) -> bool:
+    """Not where the upstream may have taken the mail already: another one would make the duplicate certain."""
+    maybe_taken = outcome.stage is Stage.END_OF_DATA and outcome.reply is None
+    return outcome.is_upstream_problem and not maybe_taken
+
+
+__all__ = ["Upstreams", "mailbox_of"]
