@@ -55,6 +55,10 @@ class Material:
             SERVER_KEY: self.key,
         }
 
+    def server_files(self) -> Mapping[str, bytes]:
+        """As the relay is given it."""
+        return {SERVER_CERTIFICATE: self.certificate, SERVER_KEY: self.key, AUTHORITY_BUNDLE: self.authority_bundle}
+
 
 def service_names(
     hostname: str, service: str, namespace: str, cluster_domain: str = "cluster.local"

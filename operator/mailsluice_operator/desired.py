@@ -209,10 +209,7 @@ def relay_children(
 ) -> list[Object]:
     """What a relay consists of, what a pod needs before the pods. `authority` is None where tls names a Secret."""
     owner = owner_of(relay)
-    children: list[Object] = [
-        secrets.config_secret(owner, contents.packed, contents.revision),
-        secrets.credentials_secret(owner, contents.files, contents.credentials_revision),
-    ]
+    children = configuration_children(owner, contents)
     if authority is not None:
         children.append(secrets.authority_secret(owner, authority))
     if (bundle := contents.files.get("ca.crt")) is not None:
@@ -227,6 +224,14 @@ def relay_children(
         children.append(budget)
     children.append(workload.workload(relay, owner, settings, replicas, claims))
     return children
+
+
+def configuration_children(owner: Owner, contents: Contents) -> list[Object]:
+    """The two Secrets that a pod mounts. Credentials come first: the configuration names their revision."""
+    return [
+        secrets.credentials_secret(owner, contents.files, contents.credentials_revision),
+        secrets.config_secret(owner, contents.packed, contents.revision),
+    ]
 
 
 def service_host(relay: SmtpRelay) -> str:

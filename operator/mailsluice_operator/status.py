@@ -33,6 +33,7 @@ class PodView:
     name: str
     ready: bool
     revision: str | None = None
+    draining: bool = False
     queued: int | None = None
     upstreams_down: tuple[tuple[str, str], ...] = ()
     """Upstreams that take no mail now, with the last error."""

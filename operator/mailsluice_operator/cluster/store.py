@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from mailsluice_operator.cluster.objects import Kind, Object, Reference, labels_of, reference_of
+from mailsluice_operator.cluster.objects import Kind, Object, Reference, controller_of, labels_of, reference_of
 
 
 def resource_version(body: Object) -> int:
@@ -16,17 +16,13 @@ def resource_version(body: Object) -> int:
 
 
 class Store:
-    """Objects by kind, namespace and name."""
+    """Objects by kind, namespace and name; and by what they belong to, so that a reconcile does not walk over all."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str) -> None:
+        """`label` is the one whose value names what an object belongs to, within its namespace."""
+        self._label = label
         self._objects: dict[Kind, dict[tuple[str, str], Object]] = {}
-        self._by_relay: dict[tuple[str, str], set[Reference]] = {}
-        """Children and pods by their relay's namespace and name, so that a reconcile does not walk over everything."""
-        self._relay_label: str | None = None
-
-    def index_label(self, label: str) -> None:
-        """The label whose value names the relay that an object belongs to."""
-        self._relay_label = label
+        self._groups: dict[tuple[str, ...], set[Reference]] = {}
 
     def put(self, kind: Kind, body: Object) -> bool:
         """Take in an object's state; False when a newer one, or this one, is known already."""
@@ -35,14 +31,13 @@ class Store:
         if known is not None and resource_version(known) >= resource_version(body):
             return False
         if known is not None:
-            self._unindex(where, known)
-        managed = body["metadata"].get("managedFields")
-        if managed is not None:  # as big as the object itself, and never asked for
+            self._ungroup(where, known)
+        if "managedFields" in body["metadata"]:  # as big as the object itself, and never asked for
             metadata = {key: value for key, value in body["metadata"].items() if key != "managedFields"}
             body = {**body, "metadata": metadata}
         self._objects.setdefault(kind, {})[where.namespace, where.name] = body
-        if self._relay_label is not None and (relay := labels_of(body).get(self._relay_label)) is not None:
-            self._by_relay.setdefault((where.namespace, relay), set()).add(where)
+        for group in self._groups_of(body):
+            self._groups.setdefault(group, set()).add(where)
         return True
 
     def remove(self, kind: Kind, body: Object) -> bool:
@@ -58,7 +53,7 @@ class Store:
         """Forget an object of which the API has just said that it is not there."""
         known = self._objects.get(where.kind, {}).pop((where.namespace, where.name), None)
         if known is not None:
-            self._unindex(where, known)
+            self._ungroup(where, known)
 
     def replace(self, kind: Kind, items: Iterable[Object], listed_at: int) -> set[Reference]:
         """Take in a listing of a kind: also what is not in it any more is news. Returns what was new to the store."""
@@ -82,20 +77,33 @@ class Store:
     def all(self, kind: Kind) -> Iterator[Object]:
         yield from self._objects.get(kind, {}).values()
 
-    def of_relay(self, namespace: str, relay: str) -> Mapping[Reference, Object]:
-        """The objects that carry the relay's label, children and pods alike."""
+    def labelled(self, namespace: str, value: str) -> Mapping[Reference, Object]:
+        """The objects of a namespace that carry the label with this value."""
+        return self._members((namespace, value))
+
+    def owned(self, uid: str) -> Mapping[Reference, Object]:
+        """The objects whose controller this is."""
+        return self._members((uid,))
+
+    def _members(self, group: tuple[str, ...]) -> Mapping[Reference, Object]:
         found: dict[Reference, Object] = {}
-        for where in sorted(self._by_relay.get((namespace, relay), ()), key=str):
+        for where in sorted(self._groups.get(group, ()), key=str):
             body = self.get(where)
             if body is not None:
                 found[where] = body
         return found
 
-    def _unindex(self, where: Reference, body: Object) -> None:
-        if self._relay_label is None or (relay := labels_of(body).get(self._relay_label)) is None:
-            return
-        members = self._by_relay.get((where.namespace, relay))
-        if members is not None:
+    def _groups_of(self, body: Object) -> Iterator[tuple[str, ...]]:
+        value = labels_of(body).get(self._label)
+        if value is not None:
+            yield body["metadata"].get("namespace", ""), value
+        controller = controller_of(body)
+        if controller is not None:
+            yield (controller["uid"],)
+
+    def _ungroup(self, where: Reference, body: Object) -> None:
+        for group in self._groups_of(body):
+            members = self._groups[group]
             members.discard(where)
             if not members:
-                del self._by_relay[where.namespace, relay]
+                del self._groups[group]

@@ -1,0 +1,75 @@
+"""The command `mailsluice-operator`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated
+
+import typer
+
+from mailsluice_operator.app.process import Options, run
+from mailsluice_operator.children.workload import PodSettings
+
+command = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@command.command()
+def serve(
+    relay_image: Annotated[
+        str,
+        typer.Option(
+            envvar="MAILSLUICE_RELAY_IMAGE",
+            help="Image of the relay pods, of the same release as this operator. A relay's spec.image overrides it.",
+        ),
+    ],
+    namespace: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="MAILSLUICE_NAMESPACES",
+            help="Watch this namespace alone; may be repeated. A Role in each is then enough. Left out: the whole "
+            "cluster, which needs the ClusterRole.",
+        ),
+    ] = None,
+    relay_bind: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="MAILSLUICE_RELAY_BIND",
+            help="Address that relay pods listen on; may be repeated. Left out: 0.0.0.0, or :: in a cluster whose "
+            "Services have IPv6 addresses.",
+        ),
+    ] = None,
+    http_host: Annotated[str, typer.Option(help="Address of /metrics, /healthz and /readyz.")] = "0.0.0.0",  # noqa: S104 - as Options.http_host
+    http_port: Annotated[int, typer.Option(help="Port of /metrics, /healthz and /readyz.")] = 8080,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Reconciles that run at the same time.")] = 8,
+    log_level: Annotated[str, typer.Option(help="Debug, Info, Warning or Error.")] = "Info",
+) -> None:
+    """Turn SmtpRelay and SmtpUser resources into running relays.
+
+    In a pod it uses the pod's ServiceAccount. Elsewhere set KUBECONFIG, for example to try it out:
+
+        KUBECONFIG=~/.kube/config mailsluice-operator --relay-image localhost/mailsluice:dev --namespace mail
+
+    Run one replica: two would undo each other's work.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s %(message)s")
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line an event otherwise
+    run(
+        Options(
+            pods=PodSettings(image=relay_image, bind=tuple(relay_bind or _default_bind())),
+            namespaces=tuple(namespace or ()),
+            kubeconfig=os.environ.get("KUBECONFIG") or None,
+            http_host=http_host,
+            http_port=http_port,
+            workers=workers,
+        )
+    )
+
+
+def _default_bind() -> tuple[str, ...]:
+    """The family of the API server's Service is the cluster's first."""
+    return ("::",) if ":" in os.environ.get("KUBERNETES_SERVICE_HOST", "") else PodSettings(image="").bind
+
+
+def main() -> None:
+    command()

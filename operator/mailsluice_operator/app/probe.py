@@ -1,0 +1,58 @@
+"""Asks a relay pod's /readyz what it runs and what it still has to deliver."""
+
+from __future__ import annotations
+
+import aiohttp
+import msgspec
+
+from mailsluice_operator.reconcile.context import PodReport
+from mailsluice_operator.resource.models import HTTP_PORT
+
+TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+"""A pod that a NetworkPolicy hides must not hold up the reconcile of its relay."""
+
+MAXIMUM_ANSWER = 1024 * 1024
+
+
+class _Queue(msgspec.Struct):
+    active: int = 0
+    deferred: int = 0
+    held: int = 0
+
+
+class _Upstream(msgspec.Struct):
+    up: bool = True
+    last_error: str = ""
+
+
+class _Readiness(msgspec.Struct):
+    revision: str
+    draining: bool = False
+    queue: _Queue | None = None
+    upstreams: dict[str, _Upstream] = {}
+
+
+class PodProbe:
+    """A callable as the reconcile takes it."""
+
+    def __init__(self, session: aiohttp.ClientSession, port: int = HTTP_PORT) -> None:
+        self._session = session
+        self._port = port
+
+    async def __call__(self, address: str) -> PodReport | None:
+        host = f"[{address}]" if ":" in address else address
+        try:
+            async with self._session.get(f"http://{host}:{self._port}/readyz", timeout=TIMEOUT) as response:
+                # 503 is the answer of a pod that is not ready, and says why in the same words.
+                answer = msgspec.json.decode(await response.content.read(MAXIMUM_ANSWER), type=_Readiness)
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError):  # it has not told; asked again later
+            return None
+        queue = answer.queue
+        return PodReport(
+            revision=answer.revision,
+            draining=answer.draining,
+            queued=queue.active + queue.deferred + queue.held if queue is not None else None,
+            upstreams_down=tuple(
+                (name, state.last_error) for name, state in sorted(answer.upstreams.items()) if not state.up
+            ),
+        )

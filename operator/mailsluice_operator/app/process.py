@@ -1,0 +1,250 @@
+"""The composition root: everything is made here, with the real clocks, randomness and network, and run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final
+
+import aiohttp
+import kopf
+
+from mailsluice_operator import handlers
+from mailsluice_operator.app.metrics import Metrics
+from mailsluice_operator.app.probe import PodProbe
+from mailsluice_operator.app.server import serve
+from mailsluice_operator.children.metadata import RELAY_LABEL
+from mailsluice_operator.children.workload import PodSettings
+from mailsluice_operator.cluster.client import FIELD_MANAGER, ApiError, Cluster, NotFoundError, connect
+from mailsluice_operator.cluster.objects import Kind
+from mailsluice_operator.cluster.store import Store
+from mailsluice_operator.handlers import Intake
+from mailsluice_operator.reconcile.context import Context, Key, Probe
+from mailsluice_operator.reconcile.index import Index
+from mailsluice_operator.reconcile.reconciler import KINDS, Reconciler
+from mailsluice_operator.work_queue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+FIRST_RESYNC: Final = 30.0
+"""Seconds after the start: what was deleted between our listing and the watch's own is then noticed."""
+RESYNC: Final = 600.0
+"""Seconds between resyncs: certificates are looked at, and the watches are checked against a listing."""
+CRD_RETRY: Final = 5.0
+
+# The edge: from here on clocks are arguments.
+_wall_clock = time.time  # noqa: TID251
+_monotonic = time.monotonic  # noqa: TID251
+_randomness = os.urandom  # noqa: TID251
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)  # noqa: TID251 - as above
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line decides."""
+
+    pods: PodSettings
+    namespaces: tuple[str, ...] = ()
+    """Empty: the whole cluster."""
+    kubeconfig: str | None = None
+    """None: the cluster whose pod this is."""
+    http_host: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from other hosts; nothing here is secret
+    http_port: int = 8080
+    workers: int = 8
+
+
+class _Observer:
+    """Metrics and log lines of the work queue."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def started(self, key: Key, waited: float) -> None:
+        self._metrics.waited(waited)
+
+    def finished(self, key: Key, seconds: float, error: BaseException | None, retry_in: float | None) -> None:
+        self._metrics.reconciled(key, seconds, failed=error is not None)
+        if isinstance(error, ApiError):  # it says all there is to say
+            log.warning("%s: %s; again in %.0f s", key, error, retry_in)
+        elif error is not None:
+            log.error("%s: again in %.0f s", key, retry_in, exc_info=error)
+
+
+class Operator:
+    """One operator process. `run` returns when it was told to stop, and raises when a part of it failed."""
+
+    def __init__(self, options: Options, *, probe: Probe | None = None) -> None:
+        """`probe` asks relay pods in place of HTTP, for tests without pods."""
+        self._options = options
+        self._probe = probe
+        self._rng = random.Random()  # noqa: S311 - jitter, not a secret
+        self._kinds = handlers.watched(namespaced=bool(options.namespaces))
+        self.store = Store(RELAY_LABEL)
+        self.metrics = Metrics(self.store, self._kinds, _wall_clock)
+        self.synced = asyncio.Event()
+        """Set when everything that existed at the start is known and watched, and keys are being worked on."""
+        self.http_address: tuple[str, int] | None = None
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def run(self) -> None:
+        agent = f"{FIELD_MANAGER}/{version('mailsluice')}"
+        api = await connect(self._options.kubeconfig, agent)
+        cluster = Cluster(api, observe=self.metrics.request, rng=self._rng)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(cluster.close)
+            session = await stack.enter_async_context(aiohttp.ClientSession())
+            queue = WorkQueue[Key](
+                self._work,
+                observer=_Observer(self.metrics),
+                monotonic=_monotonic,
+                rng=self._rng,
+                workers=self._options.workers,
+            )
+            context = Context(
+                cluster=cluster,
+                store=self.store,
+                index=Index(),
+                settings=self._options.pods,
+                now=_now,
+                monotonic=_monotonic,
+                randomness=_randomness,
+                probe=self._probe if self._probe is not None else PodProbe(session),
+                enqueue=queue.add,
+                namespaced=bool(self._options.namespaces),
+            )
+            self._reconciler = Reconciler(context)
+            self.queue = queue
+            self.metrics.read_depth_from(lambda: queue.depth)
+            self.intake = Intake(context, self.metrics.saw_event, _monotonic)
+            runner = await serve(
+                self._options.http_host,
+                self._options.http_port,
+                self.metrics.registry,
+                alive=self.intake.silent_watch,
+                ready=lambda: None if self.synced.is_set() else "not yet synchronised with the API server",
+            )
+            stack.push_async_callback(runner.cleanup)
+            host, port = runner.addresses[0][:2]
+            self.http_address = (host, port)
+            await self._run_parts(cluster, queue)
+
+    async def _work(self, key: Key) -> float | None:
+        return await self._reconciler(key)
+
+    async def _run_parts(self, cluster: Cluster, queue: WorkQueue[Key]) -> None:
+        """Run the watches, the workers and the resync until one of them ends or `stop` is called."""
+        for kind in self._kinds:
+            await self._list(cluster, kind, wait=True)
+        started = asyncio.Event()
+        stop_watching = asyncio.Event()
+        watching = asyncio.create_task(self._watch(started, stop_watching))
+        parts: set[asyncio.Task[Any]] = {watching, asyncio.create_task(self._stop.wait())}
+        start = asyncio.create_task(started.wait())
+        await asyncio.wait({*parts, start}, return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            self._catch_signals()
+            self.metrics.leads(True)
+            parts |= {asyncio.create_task(queue.run()), asyncio.create_task(self._resync(cluster, queue))}
+            self.synced.set()
+            log.info("watching %s", ", ".join(self._options.namespaces) or "all namespaces")
+        done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        self.metrics.leads(False)
+        stop_watching.set()
+        for part in {*parts, start} - {watching}:
+            part.cancel()
+        results = await asyncio.gather(*parts, start, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+                raise result
+        if watching in done and not self._stop.is_set():
+            raise RuntimeError("the watches ended by themselves; see the log lines of kopf above")
+
+    async def _list(self, cluster: Cluster, kind: Kind, *, wait: bool = False) -> None:
+        """Take in a listing of a kind. `wait` for the CustomResourceDefinitions, which may be installed after us."""
+        scopes: tuple[str | None, ...] = self._options.namespaces or (None,)
+        while True:
+            items: list[dict[str, Any]] = []
+            listed_at = 0
+            try:
+                for namespace in scopes:
+                    found, at = await cluster.listing(kind, namespace, handlers.selectors()[kind])
+                    items += found
+                    listed_at = min(listed_at or at, at)
+            except NotFoundError as error:
+                if not wait:
+                    raise
+                log.warning("%s; install the CustomResourceDefinitions (kubectl apply -k crds)", error)
+                await asyncio.sleep(CRD_RETRY)
+                continue
+            self.intake.listing(kind, items, listed_at)
+            return
+
+    async def _watch(self, started: asyncio.Event, stop: asyncio.Event) -> None:
+        registry = kopf.OperatorRegistry()
+        kopf.on.login(registry=registry, id="login")(self._login)
+        handlers.register(registry, self.intake, self._kinds)
+        await kopf.operator(
+            registry=registry,
+            settings=handlers.settings(self._kinds),
+            standalone=True,
+            clusterwide=not self._options.namespaces,
+            namespaces=self._options.namespaces,
+            stop_flag=stop,
+            ready_flag=started,
+        )
+
+    def _login(self, **kwargs: Any) -> kopf.ConnectionInfo | None:
+        """The same credentials as our own client's; asked for again when the API server refuses them."""
+        if self._options.kubeconfig is not None:
+            return kopf.login_with_kubeconfig(**kwargs)
+        return kopf.login_with_service_account(**kwargs)
+
+    def _catch_signals(self) -> None:
+        """After Kopf has set its own: it would stop by itself, and end our tasks as left-overs of its own."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread
+                loop.add_signal_handler(number, self.stop)
+
+    async def _resync(self, cluster: Cluster, queue: WorkQueue[Key]) -> None:
+        pause = FIRST_RESYNC
+        while True:
+            await asyncio.sleep(pause)
+            pause = RESYNC * (0.9 + 0.2 * self._rng.random())
+            try:
+                for kind in self._kinds:
+                    await self._list(cluster, kind)
+            except ApiError as error:
+                log.warning("resync: %s; again in %.0f s", error, pause)
+                continue
+            for kind in KINDS[:2]:
+                for body in self.store.all(kind):
+                    metadata = body["metadata"]
+                    # Spread over a minute: a thousand relays need not be looked at in one second.
+                    queue.add(Key(kind, metadata["namespace"], metadata["name"]), 60.0 * self._rng.random())
+
+
+def run(options: Options, on_start: Callable[[Operator], None] = lambda _: None) -> None:
+    """Run one operator until a signal."""
+
+    async def main() -> None:
+        operator = Operator(options)
+        on_start(operator)
+        await operator.run()
+
+    asyncio.run(main())

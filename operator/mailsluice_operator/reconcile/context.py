@@ -1,0 +1,71 @@
+"""What every reconcile works with: the cluster as known and as reachable, the clocks, and the operator's settings."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from mailsluice_operator.children.facts import Fact
+from mailsluice_operator.children.workload import PodSettings
+from mailsluice_operator.cluster.client import ApiError, Cluster
+from mailsluice_operator.cluster.events import Recent
+from mailsluice_operator.cluster.objects import Object, Reference
+from mailsluice_operator.cluster.store import Store
+from mailsluice_operator.reconcile.index import Index
+from mailsluice_operator.status import timestamp
+
+log = logging.getLogger(__name__)
+
+Key = Reference
+"""What the work queue holds: the address of a SmtpRelay, of a SmtpUser, or of a Secret that may have lost its use."""
+
+
+@dataclass(frozen=True)
+class PodReport:
+    """What a pod's /readyz answered."""
+
+    revision: str
+    draining: bool
+    queued: int | None
+    upstreams_down: tuple[tuple[str, str], ...] = ()
+
+
+Probe = Callable[[str], Awaitable[PodReport | None]]
+"""Asks the pod at an address; None when it did not answer in time."""
+
+
+@dataclass
+class Context:
+    """Shared by all reconciles; the queue makes sure that one key is worked on once at a time."""
+
+    cluster: Cluster
+    store: Store
+    index: Index
+    settings: PodSettings
+    now: Callable[[], datetime.datetime]
+    monotonic: Callable[[], float]
+    randomness: Callable[[int], bytes]
+    probe: Probe
+    enqueue: Callable[[Key, float], None]
+    namespaced: bool = False
+    """Only some namespaces are watched, and Namespaces themselves cannot be."""
+    own_logins: dict[Key, frozenset[str]] = field(default_factory=dict)
+    """Each relay's own users, folded, as its last reconcile read them."""
+    recent: Recent = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recent = Recent(self.monotonic)
+
+    async def tell(self, about: Object, fact: Fact, *, warning: bool = True) -> None:
+        """Post an Event, once for as long as it is news. The condition carries the same words and is what counts."""
+        if not self.recent.is_news((about["metadata"]["uid"], *fact)):
+            return
+        kind = "Warning" if warning else "Normal"
+        try:
+            await self.cluster.post_event(
+                about, kind=kind, reason=fact.reason, message=fact.message, at=timestamp(self.now())
+            )
+        except ApiError as error:  # a namespace that goes takes no Events, and a quota may be full
+            log.warning("no Event about %s: %s", about["metadata"]["name"], error)
