@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 
 from mailsluice_relay import reply
-from mailsluice_relay.auth.directory import Directory, login_key
+from mailsluice_relay.auth.directory import Directory
 from mailsluice_relay.auth.passwords import BusyError, Verifier
 from mailsluice_relay.auth.sasl import Attempt
 from mailsluice_relay.auth.throttle import Throttle
@@ -28,6 +28,7 @@ from mailsluice_relay.config import (
     Ownership,
     RateLimitAction,
     User,
+    login_key,
 )
 from mailsluice_relay.envelope import Client, Content, Envelope, Login, Mailbox, Recipient
 from mailsluice_relay.metrics import USER_LIMIT, Metrics
@@ -203,7 +204,9 @@ class Admission:
             return self._failed(client, network, login, _INVALID)
         candidate = directory.candidate(attempt.login)
         try:
-            is_right = await self._verifier.verify(login, attempt.password, candidate.hashes, network)
+            is_right = await self._verifier.verify(
+                login, attempt.password, candidate.hashes, network, is_decoy=candidate.user is None
+            )
         except BusyError:
             return Authentication(None, _UNAVAILABLE)
         user = candidate.user

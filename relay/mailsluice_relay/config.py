@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import io
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
@@ -206,7 +207,10 @@ class Recipients(Struct, frozen=True, kw_only=True):
 
 
 class SpamRule(Struct, frozen=True, kw_only=True):
-    """Settings of one rule of `suspicion.rules`; which of the optional ones a rule reads stands there."""
+    """Settings of one rule of `suspicion.rules`; which of the optional ones a rule reads stands there.
+
+    A score of 0 switches the rule off.
+    """
 
     score: float
     limit: Positive | None = None
@@ -223,6 +227,7 @@ class Spam(Struct, frozen=True, kw_only=True):
     hold_at: float | None = None
     reject_at: float | None = None
     rules: dict[str, SpamRule] = {}
+    """By name; empty: all rules with their defaults."""
 
 
 class UpstreamLimits(Struct, frozen=True, kw_only=True):
@@ -370,6 +375,19 @@ _ARGON2ID = re.compile(rf"\$argon2id\$v=19\$m=([0-9]{{1,7}}),t=([0-9]{{1,3}}),p=
 _SCRYPT = re.compile(rf"\$scrypt\$ln=([0-9]{{1,2}}),r=([0-9]{{1,3}}),p=([0-9]{{1,2}})\$({_B64}+)\$({_B64}+)")
 
 HASH_FORMATS: Final = "bcrypt ($2y$), argon2id, scrypt ($scrypt$) or SHA-512-crypt ($6$)"
+
+
+_ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+
+
+def login_key(login: str) -> str:
+    """The form in which two spellings of one login are equal; two users with one key are an error.
+
+    The case of ASCII letters does not count, in the local part too: the standard leaves that to the owner of the
+    domain (RFC 5321 section 2.4), and no mail server that people log in to tells `Bob` from `bob`. Other characters
+    are compared after NFC, because keyboards differ in how they compose an accent.
+    """
+    return unicodedata.normalize("NFC", login).translate(_ASCII_LOWER)
 
 
 def is_supported_hash(text: str) -> bool:

@@ -160,6 +160,16 @@ async def test_what_is_remembered_is_of_that_login_that_hash_and_that_password()
     verifier.close()
 
 
+async def test_a_decoy_is_hashed_each_time_and_never_right() -> None:
+    gate = Gate()
+    gate.open.set()
+    verifier = Verifier(key=b"k", monotonic=Clock(), check=gate)
+    for _ in range(2):
+        assert not await verifier.verify("nobody", "p", ("p",), "net", is_decoy=True)
+    assert gate.asked == 2
+    verifier.close()
+
+
 async def test_any_of_several_hashes_will_do() -> None:
     verifier = Verifier(key=b"k", monotonic=Clock())
     old, new = hash_password("old", SALT), bcrypt.hashpw(b"new", bcrypt.gensalt(4)).decode()

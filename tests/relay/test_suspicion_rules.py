@@ -95,6 +95,13 @@ def test_an_unknown_rule_is_an_error_and_an_announced_one_is_not() -> None:
     assert Judge(Spam(rules=rules)).rules == ("linkShortener",)
 
 
+def test_a_score_of_nothing_switches_a_rule_off() -> None:
+    rules = {name: SpamRule(score=0) for name in IMPLEMENTED_SPAM_RULES}
+    assert Judge(Spam(rules=rules)).rules == ()
+    assert DEFAULT.opinion(mail(attached("a.exe"))).hits
+    assert not Judge(Spam(rules=rules)).opinion(mail(attached("a.exe"))).hits
+
+
 def test_without_settings_all_rules_apply_with_their_defaults() -> None:
     assert set(DEFAULT.rules) == IMPLEMENTED_SPAM_RULES
 

@@ -1,14 +1,11 @@
 """Who a login name means: the directory of configured users. Pure.
 
-A login is matched without regard to the case of ASCII letters, in the local part too: the standard leaves that case to
-the owner of the domain (RFC 5321 section 2.4), and no mail server that people log in to tells `Bob` from `bob`.
-Other characters are compared after NFC, because keyboards differ in how they compose an accent.
+How two spellings of a login are compared is `config.login_key`, which the operator shares.
 """
 
 from __future__ import annotations
 
 import hmac
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,14 +17,8 @@ from mailsluice_relay.config import (
     User,
     hash_password,
     is_supported_hash,
+    login_key,
 )
-
-_ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
-
-
-def login_key(login: str) -> str:
-    """The form in which two spellings of one login are equal."""
-    return unicodedata.normalize("NFC", login).translate(_ASCII_LOWER)
 
 
 @dataclass(frozen=True, slots=True)

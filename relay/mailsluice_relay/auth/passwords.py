@@ -93,10 +93,13 @@ class Verifier:
         self._asked: dict[bytes, asyncio.Future[bool]] = {}
         self._asking: Counter[str] = Counter()
 
-    async def verify(self, login: str, password: str, hashes: Sequence[str], source: str) -> bool:
+    async def verify(
+        self, login: str, password: str, hashes: Sequence[str], source: str, *, is_decoy: bool = False
+    ) -> bool:
         """Whether the password gives one of the hashes. `source` is who shares one share of the waiting places.
 
-        Raises BusyError.
+        With `is_decoy` the hashes are not the login's: it takes as long, is never right, and is not remembered, since
+        the next answer's speed would tell that it had been somebody's. Raises BusyError.
         """
         digest = self._digest(login, password, hashes)
         if self._is_remembered(digest):
@@ -110,9 +113,9 @@ class Verifier:
             )
             self._asked[digest] = future
             self._asking[source] += 1
-            future.add_done_callback(functools.partial(self._answered, digest, source))
+            future.add_done_callback(functools.partial(self._answered, digest, source, is_decoy))
         # A client that hangs up must not take the answer from the others who wait for it.
-        return await asyncio.shield(future)
+        return await asyncio.shield(future) and not is_decoy
 
     def close(self) -> None:
         """Stop the threads; what waits is given up. Idempotent."""
@@ -122,12 +125,12 @@ class Verifier:
     def _any(self, password: str, hashes: Sequence[str]) -> bool:
         return any(self._check(password, hashed) for hashed in hashes)
 
-    def _answered(self, digest: bytes, source: str, future: asyncio.Future[bool]) -> None:
+    def _answered(self, digest: bytes, source: str, is_decoy: bool, future: asyncio.Future[bool]) -> None:
         del self._asked[digest]
         self._asking[source] -= 1
         if self._asking[source] <= 0:
             del self._asking[source]
-        if not future.cancelled() and future.exception() is None and future.result():
+        if not is_decoy and not future.cancelled() and future.exception() is None and future.result():
             self._right[digest] = self._monotonic() + self._remembered_seconds
             while len(self._right) > self._remembered:
                 self._right.popitem(last=False)

@@ -250,6 +250,8 @@ class Judge:
                 continue
             if name not in RULES:
                 raise ConfigurationError(f"spam.rules: there is no rule {name}; known are {', '.join(sorted(RULES))}")
+            if settings.score == 0:
+                continue
             defaults = RULES[name].defaults
             limit, window = settings.limit or defaults.limit, settings.window or defaults.window
             self._rules.append((name, RULES[name], SpamRule(score=settings.score, limit=limit, window=window)))
