@@ -9,9 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
-
-import msgspec
+from typing import Final, Literal
 
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.resource.status import (
@@ -69,12 +67,6 @@ class RelayView:
 
 def timestamp(moment: datetime.datetime) -> str:
     return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def to_builtins(status: SmtpRelayStatus | SmtpUserStatus) -> dict[str, Any]:
-    """As the API has it."""
-    found: dict[str, Any] = msgspec.to_builtins(status)
-    return found
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import aiohttp
 import kopf
+from kubernetes.aio.client import ApiClient
 
 from mailsluice_operator import handlers
 from mailsluice_operator.app.metrics import Metrics
@@ -24,7 +25,14 @@ from mailsluice_operator.app.probe import PodProbe
 from mailsluice_operator.app.server import serve
 from mailsluice_operator.children.metadata import RELAY_LABEL
 from mailsluice_operator.children.workload import PodSettings
-from mailsluice_operator.cluster.client import FIELD_MANAGER, ApiError, Cluster, NotFoundError, connect
+from mailsluice_operator.cluster.client import (
+    FIELD_MANAGER,
+    ApiError,
+    Cluster,
+    NotFoundError,
+    connect,
+    credentials_of,
+)
 from mailsluice_operator.cluster.objects import Kind
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.handlers import Intake
@@ -141,18 +149,18 @@ class Operator:
             stack.push_async_callback(runner.cleanup)
             host, port = runner.addresses[0][:2]
             self.http_address = (host, port)
-            await self._run_parts(cluster, queue)
+            await self._run_parts(api, cluster, queue)
 
     async def _work(self, key: Key) -> float | None:
         return await self._reconciler(key)
 
-    async def _run_parts(self, cluster: Cluster, queue: WorkQueue[Key]) -> None:
+    async def _run_parts(self, api: ApiClient, cluster: Cluster, queue: WorkQueue[Key]) -> None:
         """Run the watches, the workers and the resync until one of them ends or `stop` is called."""
         for kind in self._kinds:
             await self._list(cluster, kind, wait=True)
         started = asyncio.Event()
         stop_watching = asyncio.Event()
-        watching = asyncio.create_task(self._watch(started, stop_watching))
+        watching = asyncio.create_task(self._watch(api, started, stop_watching))
         parts: set[asyncio.Task[Any]] = {watching, asyncio.create_task(self._stop.wait())}
         start = asyncio.create_task(started.wait())
         await asyncio.wait({*parts, start}, return_when=asyncio.FIRST_COMPLETED)
@@ -194,9 +202,24 @@ class Operator:
             self.intake.listing(kind, items, listed_at)
             return
 
-    async def _watch(self, started: asyncio.Event, stop: asyncio.Event) -> None:
+    async def _watch(self, api: ApiClient, started: asyncio.Event, stop: asyncio.Event) -> None:
         registry = kopf.OperatorRegistry()
-        kopf.on.login(registry=registry, id="login")(self._login)
+
+        async def login(**_: Any) -> kopf.ConnectionInfo:
+            """Our own client's credentials; asked for again when the API server refuses them."""
+            found = await credentials_of(api)
+            return kopf.ConnectionInfo(
+                server=found.server,
+                ca_path=found.authority_file,
+                insecure=not found.verify,
+                scheme="Bearer" if found.token else None,
+                token=found.token,
+                certificate_path=found.certificate_file,
+                private_key_path=found.key_file,
+                proxy_url=found.proxy,
+            )
+
+        kopf.on.login(registry=registry, id="login")(login)
         handlers.register(registry, self.intake, self._kinds)
         await kopf.operator(
             registry=registry,
@@ -207,12 +230,6 @@ class Operator:
             stop_flag=stop,
             ready_flag=started,
         )
-
-    def _login(self, **kwargs: Any) -> kopf.ConnectionInfo | None:
-        """The same credentials as our own client's; asked for again when the API server refuses them."""
-        if self._options.kubeconfig is not None:
-            return kopf.login_with_kubeconfig(**kwargs)
-        return kopf.login_with_service_account(**kwargs)
 
     def _catch_signals(self) -> None:
         """After Kopf has set its own: it would stop by itself, and end our tasks as left-overs of its own."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 Object = dict[str, Any]
 """A Kubernetes object as the API's JSON has it."""
 
@@ -27,6 +29,12 @@ REVISION_ANNOTATION: Final = "mailsluice.dev/revision"
 RESTARTED_ANNOTATION: Final = "mailsluice.dev/restartedAt"
 DISCARD_QUEUE_ANNOTATION: Final = "mailsluice.dev/discard-queue"
 DRAIN_FINALIZER: Final = "mailsluice.dev/drain"
+
+
+def plain(value: msgspec.Struct) -> Object:
+    """A model as the API's JSON has it: lists, where `msgspec.to_builtins` keeps tuples, so that both compare equal."""
+    found: Object = msgspec.json.decode(msgspec.json.encode(value))
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
-
-import msgspec
+from typing import Final
 
 from mailsluice_operator.children.metadata import (
     MANAGED_BY,
@@ -22,6 +20,7 @@ from mailsluice_operator.children.metadata import (
     child,
     config_name,
     credentials_name,
+    plain,
     pods_service_name,
     relay_labels,
     selector,
@@ -118,7 +117,7 @@ def pod_template(relay: SmtpRelay, owner: Owner, settings: PodSettings) -> Objec
 
 
 def _pod_spec(relay: SmtpRelay, owner: Owner, settings: PodSettings, wishes: PodSpec) -> Object:
-    wanted: Object = msgspec.to_builtins(wishes)
+    wanted = plain(wishes)
     identity = {"runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID, **wanted.pop("securityContext", {})}
     spec: Object = {
         "serviceAccountName": owner.name,
@@ -192,7 +191,7 @@ def _container(relay: SmtpRelay, settings: PodSettings) -> Object:
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own, empty at every start
         ],
     }
-    resources: dict[str, Any] = msgspec.to_builtins(relay.spec.resources) if relay.spec.resources is not None else {}
+    resources = plain(relay.spec.resources) if relay.spec.resources is not None else {}
     if resources:
         container["resources"] = {
             section: {name: str(amount) for name, amount in amounts.items()} for section, amounts in resources.items()

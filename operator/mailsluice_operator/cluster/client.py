@@ -6,11 +6,13 @@ import asyncio
 import json
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client import ApiClient
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.dynamic import DynamicClient
 
@@ -69,16 +71,44 @@ def _explained(error: ApiException) -> str:
     return f"{status}: {message}"
 
 
-async def connect(kubeconfig: str | None, user_agent: str) -> kubernetes_client.ApiClient:
+async def connect(kubeconfig: str | None, user_agent: str) -> ApiClient:
     """A client for the cluster that the kubeconfig names; without one, for the cluster whose pod this is."""
     configuration = kubernetes_client.Configuration()
     if kubeconfig is not None:
         await kubernetes_config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
     else:
         kubernetes_config.load_incluster_config(client_configuration=configuration)
-    api = kubernetes_client.ApiClient(configuration)
+    api = ApiClient(configuration)
     api.user_agent = user_agent
     return api
+
+
+@dataclass(frozen=True)
+class ApiCredentials:
+    """How a client reaches and convinces the API server, for another client in this process."""
+
+    server: str
+    authority_file: str | None
+    verify: bool
+    token: str | None = field(repr=False)
+    certificate_file: str | None
+    key_file: str | None
+    proxy: str | None
+
+
+async def credentials_of(api: ApiClient) -> ApiCredentials:
+    """As they are now: a ServiceAccount's token is read from its file anew, since it is exchanged every hour."""
+    configuration = api.configuration
+    authorization = await configuration.get_api_key_with_prefix("BearerToken")
+    return ApiCredentials(
+        server=configuration.host,
+        authority_file=configuration.ssl_ca_cert,
+        verify=configuration.verify_ssl,
+        token=authorization.removeprefix("Bearer ").removeprefix("bearer ") if authorization else None,
+        certificate_file=configuration.cert_file,
+        key_file=configuration.key_file,
+        proxy=configuration.proxy,
+    )
 
 
 class Cluster:
@@ -86,7 +116,7 @@ class Cluster:
 
     def __init__(
         self,
-        api: kubernetes_client.ApiClient,
+        api: ApiClient,
         *,
         observe: RequestObserver,
         rng: random.Random,

@@ -46,7 +46,7 @@ from mailsluice_operator.resource.not_yet import not_yet
 from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.references import secret_uses
 from mailsluice_operator.resource.status import SmtpRelayStatus
-from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status, timestamp, to_builtins
+from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status, timestamp
 from mailsluice_relay.config import ConfigurationError, QueueMode, decode, encode
 
 log = logging.getLogger(__name__)
@@ -416,7 +416,7 @@ class RelayReconciler:
         for fact in (view.blocked, view.invalid, *view.degraded):
             if fact is not None:
                 await self._context.tell(body, fact)
-        await write_status(self._context, body, to_builtins(relay_status(before, view, self._context.now())))
+        await write_status(self._context, body, relay_status(before, view, self._context.now()))
 
     def _look_again(self, key: Key, view: RelayView) -> float | None:
         """Pods are asked from time to time; everything else comes as an event."""

@@ -18,7 +18,7 @@ from mailsluice_operator.reconcile.index import relay_named_by
 from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwanted, ensure_child, write_status
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, relay_from, user_from
 from mailsluice_operator.resource.status import SmtpUserStatus
-from mailsluice_operator.status import to_builtins, user_status
+from mailsluice_operator.status import user_status
 
 
 async def reconcile_user(context: Context, key: Key) -> None:
@@ -122,4 +122,4 @@ async def _report(
     )
     if refused is not None:
         await context.tell(body, refused)
-    await write_status(context, body, to_builtins(status))
+    await write_status(context, body, status)
