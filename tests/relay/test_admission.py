@@ -239,7 +239,6 @@ async def test_a_flood_of_guesses_is_put_off_and_known_logins_still_work(world: 
     await asyncio.sleep(0)
     login, _ = await here.login("ann@example.test", "s3cret")
     assert login is not None
-    assert not any(task.done() and task.result()[1].reason is Reason.CREDENTIALS_INVALID for task in flood[:1])
     verdicts = [verdict for _, verdict in await asyncio.gather(*flood)]
     assert {verdict.reason for verdict in verdicts} == {Reason.CREDENTIALS_INVALID, Reason.AUTHENTICATION_UNAVAILABLE}
     put_off = [verdict for verdict in verdicts if verdict.reason is Reason.AUTHENTICATION_UNAVAILABLE]

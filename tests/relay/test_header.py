@@ -5,7 +5,7 @@ import email.policy
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mailsluice_relay.envelope import Mailbox
@@ -206,6 +206,7 @@ def test_what_is_shown_beside_an_address(value: str, display: str) -> None:
     assert read(value)[0].display == display
 
 
+@settings(deadline=None)  # other work on the machine is no fault of the code
 @given(st.binary(max_size=300))
 def test_reading_any_octets_gives_fields_or_a_header_error(octets: bytes) -> None:
     try:
@@ -220,6 +221,7 @@ ADDRESS_PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)  # other work on the machine is no fault of the code
 @given(st.lists(ADDRESS_PIECES, max_size=25).map("".join))
 def test_reading_any_address_list_gives_authors_or_a_header_error(value: str) -> None:
     try:
@@ -234,6 +236,7 @@ def test_reading_any_address_list_gives_authors_or_a_header_error(value: str) ->
         assert not set(outside_quotes) & set("@<>, ()")
 
 
+@settings(deadline=None)  # other work on the machine is no fault of the code
 @given(st.lists(ADDRESS_PIECES, max_size=12).map("".join))
 def test_the_standard_library_sees_no_other_author(value: str) -> None:
     """Where both can read a list, both see the same mailboxes: no second reading slips through."""

@@ -1,11 +1,12 @@
 """Windows forget in time, and nothing grows without bound."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mailsluice_relay.suspicion.behaviour import MAXIMUM_VALUES, Behaviour, History, WindowCount, WindowSet
 
 
+@settings(deadline=None)  # other work on the machine is no fault of the code
 @given(st.lists(st.tuples(st.floats(0, 40), st.integers(1, 9)), min_size=1, max_size=60))
 def test_a_count_is_exact_to_a_twentieth_of_its_window(steps: list[tuple[float, int]]) -> None:
     count, now, added = WindowCount(), 0.0, []

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from email.message import EmailMessage
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mailsluice_relay.config import (
@@ -326,6 +326,7 @@ PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)  # other work on the machine is no fault of the code
 @given(st.lists(PIECES, max_size=40).map(b"".join))
 def test_any_octets_have_parts(body: bytes) -> None:
     for part in mime.parts(MULTIPART, b"--b\r\n" + body):
