@@ -1,10 +1,12 @@
-"""`mailsluice-relay`: the command of the relay's pod. People use `mailsluice`, which calls this one where the queue is."""
+"""`mailsluice-relay`: the command of the relay's pod.
+
+People use `mailsluice`, which calls this one where the queue is; so its queue commands answer in JSON.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +18,6 @@ from mailsluice_relay import app
 from mailsluice_relay.config import ConfigurationError
 
 DEFAULT_DATA = Path("/var/lib/mailsluice")
-COLUMNS = ("id", "state", "age", "size", "login", "sender", "recipients", "error")
-
 main = typer.Typer(
     help="Run a relay, and look after its queue.",
     no_args_is_help=True,
@@ -33,7 +33,6 @@ DataDirectory = Annotated[
         "--data-dir", envvar="MAILSLUICE_DATA_DIR", help="The relay's data directory: its queue and its control socket."
     ),
 ]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QueueId = Annotated[str, typer.Argument(help="The queue id, as in `250 2.0.0 OK: queued as ID`.")]
 
 
@@ -71,7 +70,6 @@ def serve(
 @queue.command("list")
 def list_messages(
     data_dir: DataDirectory = DEFAULT_DATA,
-    as_json: AsJSON = False,
     state: Annotated[str, typer.Option(help="Only these: active, deferred or held.")] = "",
     login: Annotated[str, typer.Option(help="Only what this login sent.")] = "",
     recipient: Annotated[str, typer.Option(help="Only mail to this address.")] = "",
@@ -79,54 +77,47 @@ def list_messages(
 ) -> None:
     """List queued messages, oldest first."""
     query = {name: value for name, value in (("state", state), ("login", login), ("recipient", recipient)) if value}
-    found = ask(data_dir, "GET", "/queue", query | {"limit": str(limit)})
-    print_json(found) if as_json else print_table(found)
+    ask(data_dir, "GET", "/queue", query | {"limit": str(limit)})
 
 
 @queue.command()
-def show(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA, as_json: AsJSON = False) -> None:
+def show(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA) -> None:
     """Show one message: envelope, state of each recipient, last answer of the upstream."""
-    print_json(ask(data_dir, "GET", f"/queue/{queue_id}"))
+    ask(data_dir, "GET", f"/queue/{queue_id}")
 
 
 @queue.command()
-def flush(data_dir: DataDirectory = DEFAULT_DATA, as_json: AsJSON = False) -> None:
+def flush(data_dir: DataDirectory = DEFAULT_DATA) -> None:
     """Try everything that waits for its next attempt now."""
-    done = ask(data_dir, "POST", "/queue/flush")
-    print_json(done) if as_json else print(f"{done['flushed']} messages are tried now")
-
-
-def act(data_dir: Path, queue_id: str, action: str, as_json: bool) -> None:
-    done = ask(data_dir, "POST", f"/queue/{queue_id}/{action}")
-    print_json(done) if as_json else print(f"{queue_id}: {action} done")
+    ask(data_dir, "POST", "/queue/flush")
 
 
 @queue.command()
-def hold(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA, as_json: AsJSON = False) -> None:
+def hold(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA) -> None:
     """Keep a message from being sent until it is released."""
-    act(data_dir, queue_id, "hold", as_json)
+    ask(data_dir, "POST", f"/queue/{queue_id}/hold")
 
 
 @queue.command()
-def release(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA, as_json: AsJSON = False) -> None:
+def release(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA) -> None:
     """Send a held message."""
-    act(data_dir, queue_id, "release", as_json)
+    ask(data_dir, "POST", f"/queue/{queue_id}/release")
 
 
 @queue.command()
-def requeue(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA, as_json: AsJSON = False) -> None:
+def requeue(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA) -> None:
     """Try a message again from the start: attempts and waiting time are forgotten."""
-    act(data_dir, queue_id, "requeue", as_json)
+    ask(data_dir, "POST", f"/queue/{queue_id}/requeue")
 
 
 @queue.command()
-def remove(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA, as_json: AsJSON = False) -> None:
+def remove(queue_id: QueueId, data_dir: DataDirectory = DEFAULT_DATA) -> None:
     """Throw a message away. Nobody is told."""
-    act(data_dir, queue_id, "remove", as_json)
+    ask(data_dir, "POST", f"/queue/{queue_id}/remove")
 
 
-def ask(data_dir: Path, method: str, path: str, query: Mapping[str, str] | None = None) -> Any:
-    """The relay's answer over its control socket; ends the command with a message where there is none."""
+def ask(data_dir: Path, method: str, path: str, query: Mapping[str, str] | None = None) -> None:
+    """Print the relay's answer over its control socket; end the command with a message where there is none."""
     try:
         status, answer = asyncio.run(_ask(data_dir / "control.sock", method, path, query or {}))
     except (OSError, aiohttp.ClientError) as error:
@@ -135,35 +126,14 @@ def ask(data_dir: Path, method: str, path: str, query: Mapping[str, str] | None 
         ) from error
     if status >= 400:
         raise SystemExit(f"mailsluice-relay: {answer['error']}")
-    return answer
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
 async def _ask(control: Path, method: str, path: str, query: Mapping[str, str]) -> tuple[int, Any]:
+    connector = aiohttp.UnixConnector(str(control))
+    timeout = aiohttp.ClientTimeout(total=60)
     async with (
-        aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(control)), timeout=aiohttp.ClientTimeout(total=60)
-        ) as session,
+        aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
         session.request(method, f"http://relay{path}", params=query) as response,
     ):
         return response.status, await response.json()
-
-
-def print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Columns in plain text, as wide as their content."""
-    lines = [[name.upper() for name in COLUMNS], *([cell(row.get(name)) for name in COLUMNS] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-    if not rows:
-        print("the queue holds no such message", file=sys.stderr)
-
-
-def cell(value: object) -> str:
-    if isinstance(value, list):
-        more = f" +{len(value) - 1}" if len(value) > 1 else ""
-        return f"{value[0]}{more}" if value else "-"
-    return "-" if value in (None, "") else str(value)
