@@ -16,6 +16,7 @@ What is promised:
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import ssl
 from collections.abc import Callable, Coroutine, Mapping
@@ -55,6 +56,20 @@ TLS_HANDSHAKE_TIMEOUT: Final = 30.0
 
 _BEFORE_HELLO: Final = frozenset({Reason.SYNTAX, Reason.LINE_ENDING, Reason.UNAUTHORIZED_PIPELINING})
 """Refusals which, before EHLO, only show that something else than a mail client knocked: a port scan, a browser."""
+_REACTIONS: Final[Mapping[type, str]] = {
+    engine.Refused: "_on_refused",
+    engine.Hello: "_on_hello",
+    engine.Command: "_on_command",
+    engine.StartTLS: "_on_start_tls",
+    engine.Authenticate: "_on_authenticate",
+    engine.SaslResponse: "_on_sasl_response",
+    engine.Mail: "_on_mail",
+    engine.Rcpt: "_on_rcpt",
+    engine.DataStarted: "_on_data_started",
+    engine.Content: "_on_content",
+    engine.EndOfData: "_on_end_of_data",
+}
+"""The method for each event. By name, as aiosmtpd finds its smtp_* methods, so that a subclass can replace one."""
 _CLASSES: Final = (Result.SUSPECTED_SPAM, Result.ACCEPTED, Result.REJECTED)
 
 
@@ -68,6 +83,23 @@ class Gate(Protocol):
     def leave(self, session: Session) -> None:
         """The session is over, its decisions included."""
         ...
+
+
+class Counters:
+    """The metrics that sessions keep. `labels` is slow and its values are few, so each series is looked up once."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.sessions_active = functools.cache(metrics.sessions_active.labels)
+        self.sessions = functools.cache(metrics.sessions.labels)
+        self.session_seconds = metrics.session_seconds
+        self.tls_sessions = functools.cache(metrics.tls_sessions.labels)
+        self.recipients = functools.cache(metrics.recipients.labels)
+        self.messages = functools.cache(metrics.messages.labels)
+        self.message_size = metrics.message_size
+        self.accept_seconds = metrics.accept_seconds
+        self.user_messages = functools.cache(metrics.user_messages.labels)
+        self.user_recipients = functools.cache(metrics.user_recipients.labels)
+        self.user = metrics.user
 
 
 @dataclass(frozen=True)
@@ -86,6 +118,7 @@ class Service:
     tls_context: ssl.SSLContext
     """Not used on a listener without TLS."""
     settings: engine.Settings = field(init=False)
+    counters: Counters = field(init=False)
 
     def __post_init__(self) -> None:
         settings = engine.Settings(
@@ -97,6 +130,7 @@ class Service:
             normalize_line_endings=self.listener.normalize_line_endings,
         )
         object.__setattr__(self, "settings", settings)
+        object.__setattr__(self, "counters", Counters(self.metrics))
 
 
 class Session(aiosmtpd.smtp.SMTP):
@@ -135,6 +169,8 @@ class Session(aiosmtpd.smtp.SMTP):
         self._firsts: dict[Result, Reason] = {}
         """The first event of each class."""
         self._queue_ids: list[str] = []
+        self._senders: list[str] = []
+        """The reverse-path of each message that was queued."""
         self._recipients = 0
 
     # --- the connection ----------------------------------------------------------------------------------------------
@@ -150,7 +186,7 @@ class Session(aiosmtpd.smtp.SMTP):
             address=canonical_address(peer[0]),
             port=peer[1],
         )
-        service.metrics.sessions_active.labels(self.client.listener).inc()
+        service.counters.sessions_active(self.client.listener).inc()
         self._note_tls(self._tcp)
         refusal = service.gate.enter(self)
         self._admitted = refusal is None
@@ -227,7 +263,7 @@ class Session(aiosmtpd.smtp.SMTP):
         self._closing = True
         self._discard_content()
         self._set_timer(self.loop.time() + LINGER)
-        if self.client.tls is None and not self._said_quit and transport.can_write_eof():
+        if self._admitted and not self._said_quit and self.client.tls is None and transport.can_write_eof():
             # The client closes on its side once it has read the reply; what it sends until then is read and dropped.
             if self._reading_paused:
                 transport.resume_reading()
@@ -279,7 +315,7 @@ class Session(aiosmtpd.smtp.SMTP):
         machine = self._engine
         while (event := machine.next_event()) is not None:
             try:
-                _REACTIONS[type(event)](self, event)
+                getattr(self, _REACTIONS[type(event)])(event)
             except Exception:
                 log.exception("session.failed", session=self.client.session_id)
                 self._fail()
@@ -375,7 +411,7 @@ class Session(aiosmtpd.smtp.SMTP):
                 self._timer.cancel()
             return
         self._tcp = self.transport = encrypted
-        self._reading_paused = False
+        self._reading_paused = self._writing_paused = False
         self.client.hello = ""
         self.client.extended = False
         self.client.login = None
@@ -389,7 +425,7 @@ class Session(aiosmtpd.smtp.SMTP):
         cipher = tls.cipher()
         self.client.tls = TLSState(tls.version() or "", cipher[0] if cipher else "")
         self._engine.tls = True
-        self._service.metrics.tls_sessions.labels(self.client.tls.version).inc()
+        self._service.counters.tls_sessions(self.client.tls.version).inc()
 
     # --- login -------------------------------------------------------------------------------------------------------
     def _on_authenticate(self, event: engine.Authenticate) -> None:
@@ -453,7 +489,7 @@ class Session(aiosmtpd.smtp.SMTP):
         else:
             result = "deferred" if verdict.reply.is_transient else "rejected"
             self._record(Result.REJECTED, verdict.reason)
-        self._service.metrics.recipients.labels(result).inc()
+        self._service.counters.recipients(result).inc()
         self._engine.answer(verdict.reply)
 
     def _on_data_started(self, _event: engine.DataStarted) -> None:
@@ -549,13 +585,14 @@ class Session(aiosmtpd.smtp.SMTP):
         if not judgement.suspected:
             self._record(Result.ACCEPTED, Reason.ACCEPTED)
         self._queue_ids.append(queue_id)
+        self._senders.append(str(envelope.sender) if envelope.sender is not None else "<>")
         self._recipients += recipients
-        metrics = service.metrics
+        counters = service.counters
         result = "held" if judgement.held else "suspected" if judgement.suspected else "accepted"
         self._count_message(result, judgement.reason)
-        metrics.user_recipients.labels(metrics.user(login)).inc(recipients)
-        metrics.message_size.observe(size)
-        metrics.accept_seconds.observe(self.loop.time() - ended)
+        counters.user_recipients(counters.user(login)).inc(recipients)
+        counters.message_size.observe(size)
+        counters.accept_seconds.observe(self.loop.time() - ended)
         self._engine.answer(answer)
 
     # --- the end -----------------------------------------------------------------------------------------------------
@@ -579,10 +616,10 @@ class Session(aiosmtpd.smtp.SMTP):
         self._count_message("deferred" if verdict.reply.is_transient else "rejected", verdict.reason)
 
     def _count_message(self, result: str, reason: Reason) -> None:
-        metrics = self._service.metrics
-        metrics.messages.labels(result, reason).inc()
+        counters = self._service.counters
+        counters.messages(result, reason).inc()
         if self.client.login is not None:
-            metrics.user_messages.labels(metrics.user(self.client.login.name), result).inc()
+            counters.user_messages(counters.user(self.client.login.name), result).inc()
 
     def _record(self, result: Result, reason: Reason) -> None:
         self._firsts.setdefault(result, reason)
@@ -598,13 +635,11 @@ class Session(aiosmtpd.smtp.SMTP):
         result = next((each for each in _CLASSES if each in self._firsts), Result.NONE)
         reason = self._firsts.get(result, Reason.NONE)
         seconds = self.loop.time() - self._started
-        metrics = service.metrics
-        metrics.sessions_active.labels(client.listener).dec()
-        metrics.sessions.labels(client.listener, result, reason).inc()
-        metrics.session_seconds.observe(seconds)
-        login = client.login.name if client.login is not None else None
-        if login is not None and service.configuration.logging.redact_addresses:
-            login = redacted(login)
+        counters = service.counters
+        counters.sessions_active(client.listener).dec()
+        counters.sessions(client.listener, result, reason).inc()
+        counters.session_seconds.observe(seconds)
+        shown = redacted if service.configuration.logging.redact_addresses else str
         # Load balancers knock every few seconds.
         write = log.debug if result is Result.NONE else log.info
         write(
@@ -613,28 +648,14 @@ class Session(aiosmtpd.smtp.SMTP):
             listener=client.listener,
             client=client.address,
             tls=client.tls.version if client.tls is not None else None,
-            login=login,
+            login=shown(client.login.name) if client.login is not None else None,
             result=result.value,
             reason=reason.value,
             queue_ids=self._queue_ids,
+            senders=[shown(sender) for sender in self._senders],
             recipients=self._recipients,
             seconds=round(seconds, 3),
         )
-
-
-_REACTIONS: Final[Mapping[type, Callable[[Session, Any], None]]] = {
-    engine.Refused: Session._on_refused,
-    engine.Hello: Session._on_hello,
-    engine.Command: Session._on_command,
-    engine.StartTLS: Session._on_start_tls,
-    engine.Authenticate: Session._on_authenticate,
-    engine.SaslResponse: Session._on_sasl_response,
-    engine.Mail: Session._on_mail,
-    engine.Rcpt: Session._on_rcpt,
-    engine.DataStarted: Session._on_data_started,
-    engine.Content: Session._on_content,
-    engine.EndOfData: Session._on_end_of_data,
-}
 
 
 def _no_room(error: SpoolError) -> Verdict:

@@ -468,3 +468,30 @@ def test_any_split_of_the_octets_gives_the_same_replies(cuts: list[list[int]]) -
     assert split.messages == whole.messages == [b"Subject: x\r\n\r\n.dot\r\nbody\r\n"]
     assert split.reasons() == whole.reasons()
     assert whole.engine.state is State.CLOSED
+
+
+WORDS = st.sampled_from(
+    [
+        b"EHLO c\r\n",
+        b"MAIL FROM:<a@b.test>",
+        b"RCPT TO:<",
+        b"c@d.test>",
+        b"DATA\r\n",
+        b"AUTH LOGIN",
+        b"YQ==",
+        b"*",
+        b"\r\n",
+        *[b"STARTTLS\r\n", b"RSET\r\n", b" SIZE=", b"=", b"\r", b"\n", b".", b"\0", b"\xff", b"x" * 700, b"BDAT 1\r\n"],
+    ]
+)
+
+
+@given(st.lists(st.lists(st.one_of(WORDS, st.binary(max_size=8)), max_size=8).map(b"".join), max_size=30))
+def test_whatever_comes_is_answered_in_whole_replies(pieces: list[bytes]) -> None:
+    dialogue = Dialogue(tls=True)
+    for line in dialogue.say(*pieces):
+        assert line[:3].isdigit()
+        assert line[3] in " -"
+        assert len(line) <= 510
+    assert dialogue.engine.buffered <= 12288 + 512
+    assert all(b"\0" not in text and text.count(b"\n") == text.count(b"\r\n") for text in dialogue.messages)

@@ -27,6 +27,7 @@ import binascii
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from mailsluice_relay import reply
@@ -79,9 +80,9 @@ class Phase(enum.Enum):
     """MAIL and at least one RCPT were accepted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the sessions of a listener have in common."""
+    """What the sessions of a listener have in common, with the replies that follow from it, encoded once."""
 
     hostname: str
     message_size: int
@@ -92,6 +93,42 @@ class Settings:
     plaintext_authentication: bool = False
     """AUTH is offered without TLS, too."""
     normalize_line_endings: bool = False
+
+    @cached_property
+    def greeting(self) -> Reply:
+        return reply.greeting(self.hostname)
+
+    @cached_property
+    def hello(self) -> Reply:
+        """To HELO."""
+        return Reply(250, "", self.hostname)
+
+    @cached_property
+    def capabilities(self) -> Reply:
+        """To EHLO in the clear."""
+        offers = ["STARTTLS"] if self.start_tls else []
+        return self._extended(offers, authentication=self.plaintext_authentication)
+
+    @cached_property
+    def capabilities_with_tls(self) -> Reply:
+        """To EHLO under TLS."""
+        return self._extended([], authentication=True)
+
+    def _extended(self, offers: list[str], *, authentication: bool) -> Reply:
+        lines = [
+            self.hostname,
+            f"SIZE {self.message_size}",
+            "8BITMIME",
+            "SMTPUTF8",
+            "PIPELINING",
+            "ENHANCEDSTATUSCODES",
+            "DSN",
+            *offers,
+        ]
+        if authentication and self.mechanisms:
+            lines.append(f"AUTH {' '.join(self.mechanisms)}")
+        lines.append("HELP")
+        return Reply(250, "", "\n".join(lines))
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -287,7 +324,7 @@ class Engine:
 
     def greet(self) -> None:
         """Put the greeting (RFC 5321 section 3.1)."""
-        self._output.append(reply.greeting(self._settings.hostname).encoded)
+        self._output.append(self._settings.greeting.encoded)
 
     def close(self, last: Reply) -> None:
         """Say a last word that no command asked for (421; RFC 5321 section 3.8), and end the session."""
@@ -396,32 +433,16 @@ class Engine:
         name = grammar.hello_name(argument)
         if name is None:
             return self._refuse(reply.syntax_error("EHLO hostname" if extended else "HELO hostname"), Reason.SYNTAX)
-        answer = self._capabilities() if extended else Reply(250, "", self._settings.hostname)
-        return self._ask(Hello(name, extended, answer))
+        settings = self._settings
+        if not extended:
+            return self._ask(Hello(name, extended, settings.hello))
+        return self._ask(Hello(name, extended, settings.capabilities_with_tls if self.tls else settings.capabilities))
 
     def _ehlo(self, argument: bytes) -> Event:
         return self._hello(argument, extended=True)
 
     def _helo(self, argument: bytes) -> Event:
         return self._hello(argument, extended=False)
-
-    def _capabilities(self) -> Reply:
-        settings = self._settings
-        lines = [
-            settings.hostname,
-            f"SIZE {settings.message_size}",
-            "8BITMIME",
-            "SMTPUTF8",
-            "PIPELINING",
-            "ENHANCEDSTATUSCODES",
-            "DSN",
-        ]
-        if settings.start_tls and not self.tls:
-            lines.append("STARTTLS")
-        if settings.mechanisms and (self.tls or settings.plaintext_authentication):
-            lines.append(f"AUTH {' '.join(settings.mechanisms)}")
-        lines.append("HELP")
-        return Reply(250, "", "\n".join(lines))
 
     def _starttls(self, argument: bytes) -> Event:
         if self.tls:
