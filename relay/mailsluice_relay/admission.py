@@ -24,6 +24,7 @@ from mailsluice_relay.auth.throttle import Throttle
 from mailsluice_relay.config import (
     Configuration,
     ConfigurationError,
+    Credentials,
     ListenerMode,
     Ownership,
     RateLimitAction,
@@ -172,6 +173,10 @@ class Admission:
         self._throttle = Throttle(configuration.authentication.failures)
         self._store = store or MemoryStore(monotonic)
         self._history = History()
+
+    def check(self, configuration: Configuration, credentials: Credentials) -> None:
+        """Whether `reconfigure` would take this configuration. Raises ConfigurationError; changes nothing."""
+        _Policy(configuration, self._key)
 
     def reconfigure(self, configuration: Configuration) -> None:
         """Use this configuration from the next step of any session on. Raises ConfigurationError and keeps the old."""
