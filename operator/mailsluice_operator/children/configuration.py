@@ -332,17 +332,6 @@ def _queue(queue: models.Queue) -> config.Queue:
 def _upstream(upstream: models.Upstream, replicas: int) -> config.Upstream:
     preset = PRESETS.get(upstream.preset) if upstream.preset is not None else None
     host = preset.host_of(upstream.region) if preset is not None else upstream.host
-    if preset is not None and host is None:
-        regions = ", ".join(preset.regions) or "such as eu-west-1"
-        raise Unusable(
-            [
-                Fact(
-                    "Invalid",
-                    f"spec.upstreams: {upstream.name}: region {upstream.region} is none of {upstream.preset}; "
-                    f"choose {regions}.",
-                )
-            ]
-        )
     mode = upstream.tls.mode or (preset.tls if preset is not None else UpstreamTLSMode.START_TLS)
     credentials = upstream.credentials_secret_ref
     limits, match = upstream.limits, upstream.match

@@ -636,6 +636,7 @@ class UpstreamLimits(Struct, frozen=True, kw_only=True):
 Preset = Annotated[str, Meta(extra_json_schema={"enum": list(PRESETS)})]
 _WITH_REGION = [name for name, preset in PRESETS.items() if preset.takes_region]
 _NEED_REGION = [name for name, preset in PRESETS.items() if preset.needs_region]
+_REGIONS = {name: sorted(preset.regions) for name, preset in PRESETS.items() if preset.regions}
 
 
 class Upstream(Struct, frozen=True, kw_only=True):
@@ -684,6 +685,14 @@ class Upstream(Struct, frozen=True, kw_only=True):
             f"region goes with the presets {', '.join(_WITH_REGION)} alone; remove it",
             field_path=".region",
             reason="FieldValueForbidden",
+        ),
+        *(
+            Rule(
+                f"!has(self.region) || !has(self.preset) || self.preset != '{name}' || self.region in {regions}",
+                f"the preset {name} has the regions {', '.join(regions)}; choose one, or remove region for the usual",
+                field_path=".region",
+            )
+            for name, regions in _REGIONS.items()
         ),
         Rule(
             "!has(self.preset) || has(self.credentialsSecretRef)",

@@ -8,7 +8,7 @@ schema: the API server evaluates it, and `validation` evaluates the same text of
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -74,6 +74,17 @@ DURATION_PATTERN = r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"
 """The form of the Gateway API (GEP-2257): `48h`, `1h30m`, `500ms`."""
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|K|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)?(k|K|M|G|T|Ki|Mi|Gi|Ti)?$"
+
+PATTERN_REMEDIES: Final = {
+    DURATION_PATTERN: "write it like 90s, 10m, 48h or 1h30m",
+    QUANTITY_PATTERN: "write it like 500m, 2G or 25Mi",
+    SIZE_PATTERN: "write it like 1000000, 2G or 25Mi",
+    SENDER_PATTERN: "write it like shop@example.com, *@example.com, *@*.example.com or <>",
+    ADDRESS_PATTERN: "write it like shop@example.com",
+    DOMAIN_PATTERN: "write it like example.com or *.example.com",
+    SUBDOMAIN_PATTERN: "use lower-case letters, digits, hyphens and dots",
+}
+"""What to say to somebody whose text does not match."""
 
 
 def well_formed(*fields: str) -> str:

@@ -146,13 +146,7 @@ def _schema(of: Schema, value: Any, path: str) -> Iterator[Problem]:
 def _type(of: Schema, value: Any, path: str) -> Iterator[Problem]:
     wanted = ["integer", "string"] if of.get("x-kubernetes-int-or-string") else [of["type"]] if "type" in of else []
     found = _type_name(value)
-    whole = isinstance(value, float) and value.is_integer()
-    if (
-        wanted
-        and found not in wanted
-        and not (found == "integer" and "number" in wanted)
-        and not (whole and "integer" in wanted)
-    ):
+    if wanted and found not in wanted and not (found == "integer" and "number" in wanted):
         text = f'{path} in body must be of type {",".join(wanted)}: "{found}"'
         yield Problem(path, f'Invalid value: "{found}": {text}', blocking=True)
 
