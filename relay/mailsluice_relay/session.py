@@ -37,7 +37,7 @@ from mailsluice_relay.smtp.engine import Engine, State
 from mailsluice_relay.spool.errors import SpoolError, SpoolFull
 
 if TYPE_CHECKING:
-    from mailsluice_relay.admission import Admission
+    from mailsluice_relay.admission import Admission, Judgement
     from mailsluice_relay.dispatch import Dispatcher
     from mailsluice_relay.spool.content import ContentWriter
 
@@ -354,13 +354,14 @@ class Session(aiosmtpd.smtp.SMTP):
     def _fail(self) -> None:
         """Something of ours went wrong: answer without a word of it."""
         self._record(Result.REJECTED, Reason.INTERNAL_ERROR)
-        if self._engine.state is State.ASKING:
-            self._engine.answer(reply.INTERNAL_ERROR)
-        elif self._engine.state is State.DATA:
-            self._failed = Verdict(reply.INTERNAL_ERROR, Reason.INTERNAL_ERROR)
-            self._discard_content()
-        else:
-            self.abort()
+        match self._engine.state:
+            case State.ASKING:
+                self._engine.answer(reply.INTERNAL_ERROR)
+            case State.DATA:
+                self._failed = Verdict(reply.INTERNAL_ERROR, Reason.INTERNAL_ERROR)
+                self._discard_content()
+            case State.TLS:
+                self.abort()
 
     async def handle_exception(self, error: Exception) -> str:
         """aiosmtpd's own tells the client the exception's class and text."""
@@ -527,7 +528,7 @@ class Session(aiosmtpd.smtp.SMTP):
                     self._incoming = self._service.dispatcher.new_content()
                 self._incoming.write(data)
         except SpoolError as error:
-            self._failed = _no_room(error)
+            self._failed = _not_kept(error)
         if self._failed is not None:
             self._discard_content()
 
@@ -543,57 +544,58 @@ class Session(aiosmtpd.smtp.SMTP):
             content = writer.finish()
         except SpoolError as error:
             writer.discard()
-            verdict = _no_room(error)
+            verdict = _not_kept(error)
             self._refuse_message(verdict)
             self._engine.answer(verdict.reply)
             return
         queue_id = service.dispatcher.new_queue_id()
         login = client.login.name if client.login is not None else None
-        queued = False
+        judgement: Judgement | None = None
+        answer: Reply | None = None
         try:
             judgement = await service.admission.message(client, envelope, content, queue_id=queue_id)
             content = judgement.content
-            if judgement.suspected:
-                self._record(Result.SUSPECTED_SPAM, judgement.reason)
-            if not judgement.verdict.is_positive:
-                self._refuse_message(judgement.verdict)
-                self._engine.answer(judgement.verdict.reply)
-                return
-            size, recipients = content.size, len(envelope.recipients)
-            answer = await service.dispatcher.submit(
-                Message(
-                    queue_id=queue_id,
-                    envelope=envelope,
-                    content=content,
-                    login=login,
-                    listener=client.listener,
-                    client_address=client.address,
-                    received_at=service.now(),
-                    held=judgement.held,
-                    reason=judgement.reason,
+            if judgement.verdict.is_positive:
+                size, recipients = content.size, len(envelope.recipients)
+                answer = await service.dispatcher.submit(
+                    Message(
+                        queue_id=queue_id,
+                        envelope=envelope,
+                        content=content,
+                        login=login,
+                        listener=client.listener,
+                        client_address=client.address,
+                        received_at=service.now(),
+                        held=judgement.held,
+                        reason=judgement.reason,
+                    )
                 )
-            )
-            if not answer.is_positive:
-                service.admission.refund(judgement)
-                self._refuse_message(Verdict(answer, _queue_reason(answer)))
-                self._engine.answer(answer)
-                return
-            queued = True
         finally:
-            if not queued:
+            # Not queued, whether refused or failed: neither the text nor the charge is kept.
+            if answer is None or not answer.is_positive:
                 content.body.close()
+                if judgement is not None and judgement.verdict.is_positive:
+                    service.admission.refund(judgement)
+        if judgement.suspected:
+            self._record(Result.SUSPECTED_SPAM, judgement.reason)
+        if answer is None or not answer.is_positive:
+            verdict = judgement.verdict if answer is None else Verdict(answer, _queue_reason(answer))
+            self._refuse_message(verdict)
+            self._engine.answer(verdict.reply)
+            return
+        self._engine.answer(answer)
         if not judgement.suspected:
             self._record(Result.ACCEPTED, Reason.ACCEPTED)
         self._queue_ids.append(queue_id)
         self._senders.append(str(envelope.sender) if envelope.sender is not None else "<>")
         self._recipients += recipients
         counters = service.counters
-        result = "held" if judgement.held else "suspected" if judgement.suspected else "accepted"
-        self._count_message(result, judgement.reason)
+        self._count_message(
+            "held" if judgement.held else "suspected" if judgement.suspected else "accepted", judgement.reason
+        )
         counters.user_recipients(counters.user(login)).inc(recipients)
         counters.message_size.observe(size)
         counters.accept_seconds.observe(self.loop.time() - ended)
-        self._engine.answer(answer)
 
     # --- the end -----------------------------------------------------------------------------------------------------
     def shut_down(self) -> None:
@@ -658,11 +660,11 @@ class Session(aiosmtpd.smtp.SMTP):
         )
 
 
-def _no_room(error: SpoolError) -> Verdict:
-    if isinstance(error, SpoolFull):
-        return Verdict(reply.QUEUE_FULL, Reason.QUEUE_FULL)
-    log.error("session.spool_failed", error=str(error))
-    return Verdict(reply.INTERNAL_ERROR, Reason.INTERNAL_ERROR)
+def _not_kept(error: SpoolError) -> Verdict:
+    """No room, or a disk that fails: for the client it is the same."""
+    if not isinstance(error, SpoolFull):
+        log.error("session.spool_failed", error=str(error))
+    return Verdict(reply.QUEUE_FULL, Reason.QUEUE_FULL)
 
 
 def _queue_reason(answer: Reply) -> Reason:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from mailsluice_relay import reply
-from mailsluice_relay.config import Limits, Senders
+from mailsluice_relay.config import Limits, RateLimit, RateLimitUnit, Senders
 from mailsluice_relay.session import canonical_address, redacted
+from mailsluice_relay.spool.errors import SpoolFull
 
 LOGIN = b"app@example.test"
 MAIL = b"MAIL FROM:<app@example.test>"
@@ -230,6 +231,39 @@ async def test_a_full_queue_at_mail_and_after_the_data(relay: Relay) -> None:
     assert relay.metric("mailsluice_messages_total", result="deferred", reason="queue_full") == 2
 
 
+async def test_a_message_that_the_queue_refuses_is_not_charged(start_relay: StartRelay) -> None:
+    limit = RateLimit(name="hour", unit=RateLimitUnit.MESSAGES, limit=1, window=3600.0)
+    relay = await start_relay(rate_limits=(limit,))
+    relay.dispatcher.answer = reply.QUEUE_FULL
+    peer = await relay.in_data()
+    assert (await peer.send(TEXT + b".\r\n")).startswith("452")
+    relay.dispatcher.answer, relay.dispatcher.error = None, OSError("gone")
+    await peer.say(MAIL, RCPT, b"DATA")
+    assert (await peer.send(TEXT + b".\r\n")).startswith("451")
+    relay.dispatcher.error = None
+    await peer.say(MAIL, RCPT, b"DATA")
+    assert (await peer.send(TEXT + b".\r\n")).startswith("250")
+    answer = await peer.say(MAIL)
+    assert answer.startswith("450 4.7.1 Rate limit hour is used up; retry after ")
+
+
+async def test_a_disk_without_room_defers_and_leaves_nothing(relay: Relay) -> None:
+    def full(data: bytes) -> None:
+        raise SpoolFull("no space left on device")
+
+    original = relay.dispatcher.new_content
+
+    def new_content() -> Any:
+        writer = original()
+        writer.write = full
+        return writer
+
+    relay.dispatcher.new_content = new_content
+    peer = await relay.in_data()
+    assert (await peer.send(TEXT + b".\r\n")).startswith("452 4.3.1")
+    assert relay.dispatcher.waiting == 0
+
+
 async def test_a_failure_of_ours_tells_nothing_of_the_inside(relay: Relay) -> None:
     relay.dispatcher.error = ZeroDivisionError("secret detail")
     peer = await relay.in_data()
@@ -271,6 +305,17 @@ async def test_no_variant_of_the_end_of_data_smuggles_a_message_in(relay: Relay,
     assert (await peer.rest()).decode().splitlines() == [str(reply.DATA_LINE_ENDING)]
     assert relay.dispatcher.messages == []
     await relay.ended("rejected", "line_ending")
+
+
+@pytest.mark.parametrize("listener", ["submission", "submissions"])
+async def test_the_last_reply_reaches_a_client_that_is_still_sending(relay: Relay, listener: str) -> None:
+    peer = await relay.logged_in(listener)
+    await peer.say(MAIL, RCPT, b"DATA")
+    peer.writer.write(TEXT + b"\n.\n" + b"x" * 300_000 + END + SMUGGLED * 2000)
+    assert await peer.reply() == str(reply.DATA_LINE_ENDING)
+    peer.writer.close()
+    assert relay.dispatcher.messages == []
+    await relay.ended("rejected", "line_ending", listener)
 
 
 async def test_a_client_that_only_knows_lf_is_told_though_its_text_never_ends(relay: Relay) -> None:
