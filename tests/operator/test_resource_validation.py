@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from kubernetes.config import new_client_from_config
 from ruamel.yaml import YAML
 
-from mailsluice_operator.resource.validation import Problem, admitted, validate
+from mailsluice_operator.resource.validation import KINDS, Problem, admitted, schema_of, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).parent / "resources"
@@ -55,6 +55,18 @@ def examples() -> list[Any]:
 @pytest.mark.parametrize("case", cases("invalid.yaml"))
 def test_a_wrong_resource_is_refused_offline_in_the_words_of_the_table(case: dict[str, Any]) -> None:
     assert sorted(map(str, validate(manifest_of(case)))) == sorted(case["errors"])
+
+
+def test_every_rule_has_a_row_in_the_table() -> None:
+    def messages(schema: dict[str, Any]) -> Iterator[str]:
+        yield from (rule["message"] for rule in schema.get("x-kubernetes-validations", ()))
+        for child in (*schema.get("properties", {}).values(), schema.get("items"), schema.get("additionalProperties")):
+            if child:
+                yield from messages(child)
+
+    broken = "\n".join(error for case in YAML(typ="safe").load(TABLES / "invalid.yaml") for error in case["errors"])
+    rules = {message for kind in KINDS for message in messages(schema_of(kind))}
+    assert [message for message in sorted(rules) if message not in broken] == []
 
 
 @pytest.mark.parametrize("case", cases("valid.yaml"))
