@@ -474,8 +474,8 @@ class Session(aiosmtpd.smtp.SMTP):
         if verdict.is_positive:
             if (envelope.declared_size or 0) > self._limits.message_size:
                 verdict = Verdict(reply.MESSAGE_TOO_BIG, Reason.MESSAGE_TOO_BIG)
-            elif (full := self._service.dispatcher.refuses()) is not None:
-                verdict = Verdict(full, Reason.QUEUE_FULL)
+            elif (refusal := self._service.dispatcher.refuses()) is not None:
+                verdict = Verdict(refusal, _queue_reason(refusal))
         if not verdict.is_positive:
             self._refuse_message(verdict)
         self._engine.answer(verdict.reply)
@@ -668,7 +668,11 @@ def _not_kept(error: SpoolError) -> Verdict:
 
 
 def _queue_reason(answer: Reply) -> Reason:
-    return Reason.QUEUE_FULL if answer.code == reply.QUEUE_FULL.code else Reason.INTERNAL_ERROR
+    """Why the dispatcher did not take a message."""
+    return {
+        reply.QUEUE_FULL.code: Reason.QUEUE_FULL,
+        reply.SHUTTING_DOWN.code: Reason.SHUTTING_DOWN,
+    }.get(answer.code, Reason.INTERNAL_ERROR)
 
 
 def canonical_address(text: str) -> str:

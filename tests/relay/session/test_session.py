@@ -231,6 +231,15 @@ async def test_a_full_queue_at_mail_and_after_the_data(relay: Relay) -> None:
     assert relay.metric("mailsluice_messages_total", result="deferred", reason="queue_full") == 2
 
 
+async def test_a_relay_that_drains_takes_nothing_more(relay: Relay) -> None:
+    relay.dispatcher.full = reply.SHUTTING_DOWN
+    peer = await relay.connect()
+    await peer.say(b"EHLO client.test")
+    assert await peer.say(MAIL) == str(reply.SHUTTING_DOWN)
+    assert await peer.rest() == b""
+    await relay.ended("rejected", "shutting_down")
+
+
 async def test_a_message_that_the_queue_refuses_is_not_charged(start_relay: StartRelay) -> None:
     limit = RateLimit(name="hour", unit=RateLimitUnit.MESSAGES, limit=1, window=3600.0)
     relay = await start_relay(rate_limits=(limit,))
