@@ -44,7 +44,10 @@ RUN tools/bin/pip --python /opt/mailsluice/bin/python install --no-deps --no-ind
 FROM ${BASE_IMAGE} AS runtime
 # Nothing that runs installs anything: pip goes, where the base image brings it, and so do ensurepip's bundles.
 RUN rm -rf /usr/local/lib/python3*/site-packages/* /usr/local/bin/pip* /usr/local/bin/wheel \
-        /usr/local/lib/python3*/ensurepip /usr/lib/python3*/ensurepip /usr/share/python-wheels
+        /usr/local/lib/python3*/ensurepip /usr/lib/python3*/ensurepip /usr/share/python-wheels \
+    # Programs that ask for their user's name get one.
+    && echo 'nonroot:x:65532:65532:nonroot:/:/usr/sbin/nologin' >>/etc/passwd \
+    && echo 'nonroot:x:65532:' >>/etc/group
 ENV PATH=/opt/mailsluice/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1

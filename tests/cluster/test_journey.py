@@ -176,6 +176,8 @@ def cluster(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory)
     for name in ("relay", "operator"):
         node_cluster.load(images / f"mailsluice-{name}.tar")
     node_cluster.kubectl("apply", "--server-side", "-f", "-", stdin=operator_manifests(node_cluster.kubectl))
+    rollout = ("rollout", "status", "deployment/mailsluice-operator", "-n", "mailsluice-system", "--timeout=120s")
+    node_cluster.kubectl(*rollout, timeout=150)
     return node_cluster
 
 
