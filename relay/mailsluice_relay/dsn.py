@@ -201,31 +201,41 @@ def _fields(
     is_global: bool,
 ) -> Part:
     """The machine's part; with `is_global` in UTF-8 (RFC 6533 section 3), else in ASCII."""
-    lines = [f"Reporting-MTA: dns; {hostname}", f"X-Mailsluice-Queue-ID: {queue_id}"]
+    about_message = [("Reporting-MTA", f"dns; {hostname}"), ("X-Mailsluice-Queue-ID", queue_id)]
     if original.envid is not None:
-        lines.append(f"Original-Envelope-Id: {_xtext(original.envid)}")
-    lines.append(f"Arrival-Date: {formatdate(received_at)}")
+        about_message.append(("Original-Envelope-Id", _xtext(original.envid)))
+    about_message.append(("Arrival-Date", formatdate(received_at)))
+    groups = [about_message]
     for report in reports:
-        lines.append("")
+        fields = []
         if report.recipient.original is not None:
-            lines.append(f"Original-Recipient: {_xtext(report.recipient.original)}")
+            fields.append(("Original-Recipient", _xtext(report.recipient.original)))
         kind = "utf-8" if report.recipient.mailbox.is_internationalized else "rfc822"
-        lines.append(f"Final-Recipient: {kind}; {report.recipient.mailbox}")
-        lines.append(f"Action: {report.action}")
-        lines.append(f"Status: {report.status}")
+        fields.append(("Final-Recipient", f"{kind}; {report.recipient.mailbox}"))
+        fields.append(("Action", report.action.value))
+        fields.append(("Status", report.status))
         if report.remote is not None:
-            lines.append(f"Remote-MTA: dns; {report.remote}")
+            fields.append(("Remote-MTA", f"dns; {report.remote}"))
         if report.reply is not None:
-            lines.append(f"Diagnostic-Code: smtp; {_one_line(report.reply)}")
-        lines.append(f"Last-Attempt-Date: {formatdate(now)}")
+            fields.append(("Diagnostic-Code", f"smtp; {_one_line(report.reply)}"))
+        fields.append(("Last-Attempt-Date", formatdate(now)))
         if report.action is Action.DELAYED and retry_until is not None:
-            lines.append(f"Will-Retry-Until: {formatdate(retry_until)}")
-    text = "\r\n".join(lines) + "\r\n"
+            fields.append(("Will-Retry-Until", formatdate(retry_until)))
+        groups.append(fields)
     part = Part(policy=_POLICY)
-    part["Content-Type"] = "message/global-delivery-status" if is_global else "message/delivery-status"
     if is_global:
+        part["Content-Type"] = "message/global-delivery-status"
         part["Content-Transfer-Encoding"] = "8bit"
-    part.set_payload(_as_payload(text.encode() if is_global else text.encode("ascii", "replace")))
+        blocks = ["".join(f"{name}: {value}\r\n" for name, value in fields) for fields in groups]
+        part.set_payload(_as_payload("\r\n".join(blocks).encode()))
+        return part
+    part["Content-Type"] = "message/delivery-status"
+    part.set_payload([])  # the email package writes this type from parts of header fields, one for each group
+    for fields in groups:
+        block = Part(policy=_POLICY)
+        for name, value in fields:
+            block[name] = value.encode("ascii", "replace").decode("ascii")
+        part.attach(block)
     return part
 
 

@@ -330,7 +330,7 @@ class Connection(asyncio.Protocol):
         reply = await self._reply(Stage.MAIL, self._timeouts.command)
         refused = None if reply.code // 100 == 2 else classify(Stage.MAIL, reply)
         self._heed(reply)
-        if refused is not None and not pipelining:
+        if refused is not None and (not pipelining or reply.code == 421):
             transaction.fill(refused)
             return
         accepted: list[int] = []

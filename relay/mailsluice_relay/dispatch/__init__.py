@@ -4,6 +4,8 @@
 functions elsewhere; here they are put in order, with what is durable written before what follows from it.
 """
 
-from mailsluice_relay.dispatch.dispatcher import Dispatcher, Listing, QueueCounts, Shown
+from mailsluice_relay.delivery.pool import UpstreamState
+from mailsluice_relay.dispatch.dispatcher import Dispatcher, QueueCounts
+from mailsluice_relay.dispatch.view import QueuedMessage, QueuedRecipient
 
-__all__ = ["Dispatcher", "Listing", "QueueCounts", "Shown"]
+__all__ = ["Dispatcher", "QueueCounts", "QueuedMessage", "QueuedRecipient", "UpstreamState"]

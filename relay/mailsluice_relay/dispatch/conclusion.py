@@ -60,7 +60,10 @@ def conclude(
         if bounce:
             conclusion.bounces.append(bounce)
         recipient = entry.envelope.recipients[position]
-        if report is None or (report is Action.DELAYED and not warn) or not wanted(recipient, report):
+        if report is None or (report is Action.DELAYED and not warn):
+            continue
+        # NOTIFY is the sender's wish. Where there is no sender, who else hears of it is not for the envelope to say.
+        if entry.envelope.sender is not None and not wanted(recipient, report):
             continue
         conclusion.reports.setdefault(report, []).append(
             RecipientReport(

@@ -25,6 +25,7 @@ from mailsluice_relay.delivery.pool import Clocks, UpstreamState
 from mailsluice_relay.dispatch.conclusion import Conclusion, Result, conclude
 from mailsluice_relay.dispatch.lane import Item, Lane
 from mailsluice_relay.dispatch.upstreams import Upstreams, mailbox_of
+from mailsluice_relay.dispatch.view import QueuedMessage, matches, summary
 from mailsluice_relay.dsn import Action, RecipientReport, build
 from mailsluice_relay.envelope import Content, Envelope, Mailbox, Message, Recipient
 from mailsluice_relay.metrics import Metrics
@@ -45,8 +46,6 @@ GLANCE: Final = 5.0
 """Seconds after which the store is looked at even when nothing is known to be due; also how old `oldest` may be."""
 WRITE_AGAIN: Final = (1.0, 30.0)
 """Seconds, growing, between attempts to record an outcome while the disk is full or broken."""
-LISTING_SCAN: Final = 10_000
-"""Entries that one call of `list_messages` looks at."""
 
 _WAITING: Final = (State.ACTIVE, State.DEFERRED)
 
@@ -68,20 +67,6 @@ class QueueCounts:
     held: int
     oldest_seconds: float
     bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    entries: tuple[Entry, ...]
-    cursor: int | None
-    """What to give as `after` for the next part; None: that was all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    entry: Entry
-    header: bytes
-    """The message's header section."""
 
 
 class Dispatcher:
@@ -115,6 +100,8 @@ class Dispatcher:
         self._content_octets = 0
         self._behind = True
         """There may be mail in the store that is due and not claimed."""
+        self._next_look = 0.0
+        """When the feeder will look at the store next."""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,7 +117,7 @@ class Dispatcher:
         await self._spool.open(now=self._clocks.now())
         self._is_open = True
         self._observe()
-        if self._is_draining:
+        if self.draining:
             await self._spool.flush(self._clocks.now())
         self._upstreams.check()
         self._feeder = asyncio.get_running_loop().create_task(self._feed(), name="dispatch-feed")
@@ -156,10 +143,14 @@ class Dispatcher:
         await self._upstreams.close()
         await self._spool.close()
 
+    def check(self, configuration: Configuration, credentials: Credentials) -> None:
+        """Raises ConfigurationError where `reconfigure` would; nothing changes."""
+        Upstreams.prepare(configuration, credentials)
+
     def reconfigure(self, configuration: Configuration, credentials: Credentials) -> None:
         """Take a new configuration, whole or not at all. Raises ConfigurationError."""
         targets = Upstreams.prepare(configuration, credentials)
-        was_draining = self._is_draining
+        was_draining = self.draining
         self._configuration = configuration
         self._upstreams.apply(configuration, credentials, targets)
         self._spool.quota = _quota(configuration)
@@ -172,12 +163,13 @@ class Dispatcher:
             while lane.waiting:
                 self._release(lane.waiting.pop())
         if self._is_open:
-            if self._is_draining and not was_draining:
+            if self.draining and not was_draining:
                 self._spawn(self._deliver_at_once())
             self._look()
 
     @property
-    def _is_draining(self) -> bool:
+    def draining(self) -> bool:
+        """This pod is to go: it takes nothing, and delivers what it holds at once (`drainFromOrdinal`)."""
         first = self._configuration.drain_from_ordinal
         return first is not None and self._ordinal is not None and self._ordinal >= first
 
@@ -189,7 +181,7 @@ class Dispatcher:
     def _queue(self) -> Queue:
         """The queue's settings; a pod that drains does not wait longer and longer."""
         queue = self._configuration.queue
-        if not self._is_draining:
+        if not self.draining:
             return queue
         return msgspec.structs.replace(queue, retry=msgspec.structs.replace(queue.retry, maximum=queue.retry.initial))
 
@@ -208,7 +200,7 @@ class Dispatcher:
 
     def refuses(self) -> Reply | None:
         """What to answer to MAIL when nothing may be taken now."""
-        if self._is_stopping or self._is_draining or not self._is_open:
+        if self._is_stopping or self.draining or not self._is_open:
             return SHUTTING_DOWN
         return None if self._spool.has_room() else QUEUE_FULL
 
@@ -305,6 +297,7 @@ class Dispatcher:
                 failures += 1
                 cursor, pause = None, min(WRITE_AGAIN[0] * 2**failures, WRITE_AGAIN[1])
             self._ended.set()
+            self._next_look = self._clocks.now() + pause
             if pause > 0:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
@@ -333,13 +326,20 @@ class Dispatcher:
 
     # --- one message --------------------------------------------------------------------------------------------------
     async def _see_through(self, item: Item, lane: Lane) -> None:
+        is_over = True
         try:
             await self._attempt(item)
         except SpoolError as error:  # it is still due, and found again
             log.error("message_unreadable", queue_id=item.entry.queue_id, error=str(error))  # noqa: TRY400 - the disk's state, not a fault to trace
+        except Exception:
+            # A fault of ours, perhaps after the upstream took the mail: it stays claimed, so that it is not sent over
+            # and over; the next start tries it again.
+            log.exception("message_stuck", queue_id=item.entry.queue_id)
+            is_over = False
         finally:
             lane.running -= 1
-            self._release(item)
+            if is_over:
+                self._release(item)
             self._start(lane)
 
     async def _attempt(self, item: Item) -> None:
@@ -352,6 +352,9 @@ class Dispatcher:
         conclusion = conclude(entry, results, self._queue, now=now, random=self._clocks.random)
         notices = self._notices(entry, content, conclusion, now)
         await self._record(Settlement(entry.queue_id, conclusion.progress, conclusion.next_attempt, tuple(notices)))
+        if conclusion.next_attempt is not None and conclusion.next_attempt < self._next_look:
+            self._next_look = conclusion.next_attempt
+            self._wake.set()
         self._count(entry, results, conclusion, now)
         for notice, text in notices:
             self._offer(notice, text)
@@ -442,38 +445,31 @@ class Dispatcher:
     async def list_messages(
         self,
         *,
-        state: State | None = None,
+        state: str | None = None,
         login: str | None = None,
         sender: str | None = None,
         recipient: str | None = None,
-        after: int = 0,
-        limit: int = 100,
-    ) -> Listing:
-        """Messages in the order in which they came. Addresses are compared without case; all filters must fit.
-
-        A call looks at a bounded number of messages, and may so return fewer than `limit` and a cursor all the same.
-        """
-        found: list[Entry] = []
-        cursor: int | None = after
-        scanned = 0
-        while cursor is not None and len(found) < limit and scanned < LISTING_SCAN:
-            size = min(limit - len(found), PAGE) if sender is recipient is None else PAGE
-            page = await self._spool.page(state=state, login=login, after=cursor, limit=size)
-            scanned += size
-            cursor = None if page.cursor is None else page.cursor.row
+        limit: int = 1000,
+    ) -> list[QueuedMessage]:
+        """Messages in the order in which they came. Addresses are compared without case; all filters must fit."""
+        found: list[QueuedMessage] = []
+        row = 0
+        while True:
+            page = await self._spool.page(state=state, login=login, after=row, limit=PAGE)
             for entry in page.entries:
-                if _matches(entry, sender, recipient):
-                    found.append(entry)
-                    if len(found) == limit:
-                        if entry is not page.entries[-1]:
-                            cursor = entry.row
-                        break
-        return Listing(tuple(found), cursor)
+                if matches(entry, sender, recipient):
+                    found.append(summary(entry))
+                    if len(found) >= limit:
+                        return found
+            if page.cursor is None:
+                return found
+            row = page.cursor.row
 
-    async def show(self, queue_id: str) -> Shown | None:
+    async def show(self, queue_id: str) -> QueuedMessage | None:
+        """One message, with its header section."""
         entry = await self._spool.get(queue_id)
         content = None if entry is None else await self._spool.content(queue_id)
-        return None if entry is None or content is None else Shown(entry, content.header)
+        return None if entry is None or content is None else summary(entry, content.header)
 
     async def hold(self, queue_id: str) -> bool:
         """Do not send it before it is released. What is being sent at this moment may still go."""
@@ -484,11 +480,15 @@ class Dispatcher:
 
     async def release(self, queue_id: str) -> bool:
         """Send a held message now."""
-        return await self._make_due(queue_id, (State.HELD,), State.ACTIVE)
+        done = await self._spool.move(queue_id, frm=(State.HELD,), to=State.ACTIVE, next_attempt=self._clocks.now())
+        self._look()
+        return done
 
     async def requeue(self, queue_id: str) -> bool:
-        """Try a message now, whatever it waits for."""
-        return await self._make_due(queue_id, tuple(State), State.ACTIVE)
+        """Try a message again from the start, whatever it waits for: attempts and waiting time are forgotten."""
+        done = await self._spool.restart(queue_id, self._clocks.now())
+        self._look()
+        return done
 
     async def remove(self, queue_id: str) -> bool:
         """Forget a message, without a word to its sender."""
@@ -504,12 +504,6 @@ class Dispatcher:
         self._upstreams.probe()
         self._look()
         return number
-
-    async def _make_due(self, queue_id: str, frm: tuple[State, ...], to: State) -> bool:
-        done = await self._spool.move(queue_id, frm=frm, to=to, next_attempt=self._clocks.now())
-        if done:
-            self._look()
-        return done
 
     def _withdraw(self, queue_id: str) -> None:
         item = self._claimed.get(queue_id)
@@ -533,11 +527,3 @@ def _redirected(message: Message, to: Mailbox) -> Message:
     """Staging: everything goes to one address, whomever it was for (`recipients.redirectTo`)."""
     envelope: Envelope = replace(message.envelope, recipients=[Recipient(to)])
     return replace(message, envelope=envelope)
-
-
-def _matches(entry: Entry, sender: str | None, recipient: str | None) -> bool:
-    if sender is not None and str(entry.envelope.sender or "").casefold() != sender.casefold():
-        return False
-    return recipient is None or any(
-        str(item.mailbox).casefold() == recipient.casefold() for item in entry.envelope.recipients
-    )

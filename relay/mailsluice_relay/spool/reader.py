@@ -12,7 +12,7 @@ from typing import Final
 
 from mailsluice_relay.envelope import Content
 from mailsluice_relay.spool.content import FileBody, MemoryBody
-from mailsluice_relay.spool.record import Entry, RecordError, State, decode
+from mailsluice_relay.spool.record import Entry, RecordError, decode
 from mailsluice_relay.spool.store import BODIES
 
 _COLUMNS: Final = "queue_id, state, next_attempt, received_at, size, login, record, progress, body_file, id"
@@ -75,7 +75,7 @@ class Reader:
         ).fetchone()
         return None if row is None else _entry(row)
 
-    def page(self, *, state: State | None, login: str | None, after: int, limit: int) -> Page:
+    def page(self, *, state: str | None, login: str | None, after: int, limit: int) -> Page:
         """Entries in the order in which they came; `after` is the last one's row, 0 at the beginning."""
         rows = self._connection.execute(
             f"SELECT {_COLUMNS} FROM messages WHERE id > ? AND (? IS NULL OR state = ?) AND (? IS NULL OR login = ?)"  # noqa: S608 - a constant

@@ -12,7 +12,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -155,7 +155,7 @@ class Spool:
     async def oldest(self) -> float | None:
         return await self._read(lambda reader: reader.oldest())
 
-    async def page(self, *, state: State | None, login: str | None, after: int, limit: int) -> Page:
+    async def page(self, *, state: str | None, login: str | None, after: int, limit: int) -> Page:
         """Entries in the order in which they came."""
         return await self._checked(
             await self._read(lambda reader: reader.page(state=state, login=login, after=after, limit=limit))
@@ -181,6 +181,14 @@ class Spool:
         return await self._writer.submit(
             lambda store: store.move(queue_id, frm=states, to=to, next_attempt=next_attempt)
         )
+
+    async def restart(self, queue_id: str, next_attempt: float) -> bool:
+        """From the start, for those recipients who are not settled: attempts and waiting time are forgotten."""
+        entry = await self.get(queue_id)
+        if entry is None:
+            return False
+        progress = replace(entry.progress, attempts=0, warned=False)
+        return await self._writer.submit(lambda store: store.restart(queue_id, progress, next_attempt))
 
     async def remove(self, queue_id: str) -> bool:
         return await self._writer.submit(lambda store: store.remove(queue_id))

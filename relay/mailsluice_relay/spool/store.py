@@ -110,26 +110,23 @@ class Store:
         self._moved: list[FileBody] = []
         self._unlink: list[Path] = []
         self.messages: Counter[State] = Counter()
-        """How many there are, by state; true as of the last commit."""
+        """How many there are, by state; as of the last commit, whatever is being written."""
         self.octets = 0
-        self._before: tuple[Counter[State], int] = (Counter(), 0)
-        self._count()
-
-    def _count(self) -> None:
-        rows = self._connection.execute("SELECT state, count(*), sum(size) FROM messages GROUP BY state")
+        rows = connection.execute("SELECT state, count(*), sum(size) FROM messages GROUP BY state")
         for state, number, octets in rows:
             self.messages[State(state)] = number
             self.octets += octets
-        self._before = (self.messages.copy(), self.octets)
+        self._messages, self._octets = self.messages.copy(), self.octets
 
     def begin(self) -> None:
-        self._before = (self.messages.copy(), self.octets)
+        self._messages, self._octets = self.messages.copy(), self.octets
         self._connection.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
         if self._moved:
             sync_directory(self._bodies)
         self._connection.execute("COMMIT")
+        self.messages, self.octets = self._messages, self._octets
         self._moved.clear()
         for path in self._unlink:  # one that stays behind is an orphan, and goes at the next start
             with contextlib.suppress(OSError):
@@ -142,7 +139,6 @@ class Store:
             self._connection.execute("ROLLBACK")
         self._moved.clear()
         self._unlink.clear()
-        self.messages, self.octets = self._before[0].copy(), self._before[1]
 
     def insert(self, entry: Entry, content: Content) -> None:
         body_file, body = None, None
@@ -174,8 +170,8 @@ class Store:
         self._connection.execute(
             "INSERT INTO contents (id, header, body) VALUES (?, ?, ?)", (cursor.lastrowid, content.header, body)
         )
-        self.messages[entry.state] += 1
-        self.octets += entry.size
+        self._messages[entry.state] += 1
+        self._octets += entry.size
 
     def settle(self, settlement: Settlement) -> None:
         """Record an attempt. What an administrator did meanwhile wins: what is held stays held, what is gone gone."""
@@ -211,8 +207,8 @@ class Store:
         self._connection.execute("DELETE FROM contents WHERE id = ?", (number,))
         if body_file is not None:
             self._unlink.append(self._bodies / body_file)
-        self.messages[State(state)] -= 1
-        self.octets -= size
+        self._messages[State(state)] -= 1
+        self._octets -= size
         return True
 
     def move(self, queue_id: str, *, frm: Iterable[State], to: State, next_attempt: float | None) -> bool:
@@ -226,6 +222,15 @@ class Store:
         self._transfer(State(row[1]), to)
         return True
 
+    def restart(self, queue_id: str, progress: Progress, next_attempt: float) -> bool:
+        """Due at `next_attempt`, with that progress, whatever state it has; False when it is not there."""
+        done = self.move(queue_id, frm=State, to=State.ACTIVE, next_attempt=next_attempt)
+        if done:
+            self._connection.execute(
+                "UPDATE messages SET progress = ? WHERE queue_id = ?", (encode_progress(progress), queue_id)
+            )
+        return done
+
     def flush(self, now: float) -> int:
         """Everything that waits for its time is due now; how many that were."""
         cursor = self._connection.execute("UPDATE messages SET next_attempt = ? WHERE next_attempt > ?", (now, now))
@@ -236,5 +241,5 @@ class Store:
             self.move(queue_id, frm=(State.ACTIVE, State.DEFERRED, State.HELD), to=State.QUARANTINED, next_attempt=None)
 
     def _transfer(self, before: State, after: State) -> None:
-        self.messages[before] -= 1
-        self.messages[after] += 1
+        self._messages[before] -= 1
+        self._messages[after] += 1

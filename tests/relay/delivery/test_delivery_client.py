@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-import uvloop
 
 from mailsluice_relay.config import UpstreamTLSMode
 from mailsluice_relay.delivery.client import Connection, Mail, Timeouts, connect
@@ -19,11 +17,6 @@ from mailsluice_relay.envelope import BodyType, Content, Mailbox, Notify, Recipi
 from mailsluice_relay.spool.content import FileBody, MemoryBody
 
 SHORT = Timeouts(connect=2, greeting=0.3, command=0.3, data=0.3, block=0.5, end_of_data=0.3, quit=0.3)
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
-    return asyncio.DefaultEventLoopPolicy() if request.param == "asyncio" else uvloop.EventLoopPolicy()
 
 
 def target(upstream: Any, **fields: Any) -> Target:
