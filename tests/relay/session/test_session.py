@@ -7,6 +7,7 @@ import base64
 import contextlib
 import dataclasses
 import smtplib
+from random import Random
 from typing import Any
 
 import pytest
@@ -394,6 +395,53 @@ async def test_a_client_that_only_stops_sending_still_gets_its_answer(relay: Rel
     await eventually(lambda: relay.dispatcher.waiting == 1)
     relay.dispatcher.may_go_on.set()
     assert await peer.rest() == b"250 2.0.0 OK: queued as Q1\r\n"
+
+
+DIALOGUE = (
+    b"EHLO client.test\r\n",
+    b"MAIL FROM:<app@example.test>\r\nRCPT TO:<person@example.org>\r\nDATA\r\n",
+    TEXT + b"x" * 300_000 + END,
+    b"QUIT\r\n",
+)
+
+
+async def test_wherever_clients_hang_up_each_session_counts_once_and_no_answered_message_is_missing(
+    relay: Relay,
+) -> None:
+    random = Random(1)
+    clients, answered = 60, 0
+
+    async def client() -> None:
+        nonlocal answered
+        peer = await relay.connect()
+        last = random.randrange(len(DIALOGUE))
+        for number, group in enumerate(DIALOGUE):
+            if number == last:
+                peer.writer.write(group[: random.randrange(len(group) + 1)])
+                if random.random() < 0.5:
+                    await peer.writer.drain()
+                    peer.writer.close()
+                else:
+                    peer.writer.transport.abort()
+                return
+            peer.writer.write(group)
+            for _ in range(max(1, group.count(b"\r\n") if number == 1 else 1)):
+                code = (await peer.reply())[:3]
+            answered += number == 2 and code == "250"
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(10):
+            group.create_task(client())
+    for _ in range(clients - 10):
+        await client()
+    await eventually(lambda: relay.all_sessions() == clients)
+    assert relay.metric("mailsluice_sessions_active", listener="open") == 0
+    taken = len(relay.dispatcher.messages)
+    assert 0 < answered <= taken
+    assert relay.sessions("accepted", "accepted") == taken
+    assert all(text.endswith(b"x" * 300_000 + b"\r\n") for text in relay.dispatcher.texts)
+    kept = sum(message.content.body.size > 256 * 1024 for message in relay.dispatcher.messages)
+    assert len(list(relay.dispatcher.directory.iterdir())) == kept
 
 
 # --- time and room ----------------------------------------------------------------------------------------------------
