@@ -147,8 +147,8 @@ def _cluster(relay: SmtpRelay) -> Iterator[NotYet]:
     if spec.autoscaling is not None:
         yield NotYet(
             "spec.autoscaling",
-            "no HorizontalPodAutoscaler is made yet: minReplicas pods run; set replicas instead, and point an autoscaler "
-            "of your own at this resource",
+            "no HorizontalPodAutoscaler is made yet: minReplicas pods run; set replicas instead, and point an "
+            "autoscaler of your own at this resource",
         )
     if spec.network_policy is not None and spec.network_policy.enabled:
         yield NotYet("spec.networkPolicy", "no NetworkPolicy is made yet; apply one of your own")

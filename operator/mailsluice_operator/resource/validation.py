@@ -19,9 +19,14 @@ from mailsluice_operator.resource import cel
 from mailsluice_operator.resource.crd import schema
 from mailsluice_operator.resource.defaults import with_defaults
 from mailsluice_operator.resource.models import API_VERSION, SmtpRelay, SmtpUser
+from mailsluice_operator.resource.schema import SUBDOMAIN_PATTERN
 
 Schema = dict[str, Any]
 
+_NOT_A_SUBDOMAIN: Final = (
+    "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and "
+    f"end with an alphanumeric character (e.g. 'example.com', regex used for validation is '{SUBDOMAIN_PATTERN[1:-1]}')"
+)
 KINDS: Final[Mapping[str, type]] = {"SmtpRelay": SmtpRelay, "SmtpUser": SmtpUser}
 
 
@@ -96,7 +101,7 @@ def _unknown_fields(of: Schema, value: Any, path: str) -> Iterator[Problem]:
         for index, item in enumerate(value):
             yield from _unknown_fields(of.get("items", {}), item, f"{path}[{index}]")
         return
-    if not isinstance(value, Mapping) or path == "metadata" or "properties" not in of:
+    if not isinstance(value, Mapping) or path == "metadata":
         return
     known = {name for name, _, _ in _fields(of, value)}
     for name in value:
@@ -110,8 +115,11 @@ def _unknown_fields(of: Schema, value: Any, path: str) -> Iterator[Problem]:
 
 
 def _metadata(metadata: Any) -> Iterator[Problem]:
-    if not isinstance(metadata, Mapping) or not (metadata.get("name") or metadata.get("generateName")):
+    name = metadata.get("name") if isinstance(metadata, Mapping) else None
+    if not name:
         yield Problem("metadata.name", "Required value: name or generateName is required", blocking=True)
+    elif not re2.search(SUBDOMAIN_PATTERN, str(name)):
+        yield Problem("metadata.name", f"Invalid value: {_shown(name)}: {_NOT_A_SUBDOMAIN}")
 
 
 # --- Schema -----------------------------------------------------------------------------------------------------------
@@ -206,9 +214,16 @@ def _lists(of: Schema, value: Any, path: str) -> Iterator[Problem]:
         kind = of.get("x-kubernetes-list-type")
         if kind == "set":
             yield from _repeated(value, path)
-        elif kind == "map" and all(isinstance(item, Mapping) for item in value):
+        elif kind == "map":
+            for index, item in enumerate(value):
+                if item is not None and not isinstance(item, Mapping):
+                    wrong = f"Invalid value: {_shown(item)}: must be an object for an array of list-type map"
+                    yield Problem(f"{path}[{index}]", wrong)
+                    return
             keys = of["x-kubernetes-list-map-keys"]
-            yield from _repeated([{key: item[key] for key in keys if key in item} for item in value], path)
+            yield from _repeated(
+                [{key: (item or {})[key] for key in keys if key in (item or {})} for item in value], path
+            )
         for index, item in enumerate(value):
             yield from _lists(of.get("items", {}), item, f"{path}[{index}]")
     elif isinstance(value, Mapping):
