@@ -8,6 +8,7 @@ and the connection of the one that succeeds is the first in the pool.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -235,13 +236,11 @@ class Pool:
 
     async def check(self) -> None:
         """Look once, before there is any mail: a wrong password should be known on the first day."""
-        if self._open or self._closed:
-            return
-        try:
-            connection = await self._connect()
-        except Fault:
-            return  # `_connect` has told the breaker, which goes on looking
-        self._give_back(connection)
+        async with self._slots:
+            if self._open or self._closed:
+                return
+            with contextlib.suppress(Fault):  # `_connect` has told the breaker, which goes on looking
+                self._give_back(await self._connect())
 
     async def _probing(self) -> None:
         while not self._closed and not self._breaker.is_up:
@@ -253,12 +252,13 @@ class Pool:
                 except TimeoutError:
                     pass
             self._probe_now.clear()
-            try:
-                connection = await self._connect()
-            except Fault:
-                continue
-            self._breaker.succeeded()
-            self._give_back(connection)
+            async with self._slots:
+                try:
+                    connection = await self._connect()
+                except Fault:
+                    continue
+                self._breaker.succeeded()
+                self._give_back(connection)
             self._on_up()
 
     async def close(self) -> None:
