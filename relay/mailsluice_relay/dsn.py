@@ -11,11 +11,7 @@ import enum
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from email.generator import BytesGenerator
-from email.message import Message as Part
-from email.policy import Compat32
 from email.utils import formatdate
-from io import BytesIO
 from typing import Final
 
 from mailsluice_relay.envelope import BodyType, Content, Envelope, Mailbox, Notify, Recipient
@@ -26,7 +22,6 @@ MAXIMUM_RETURNED: Final = 64 * 1024
 MAXIMUM_TEXT: Final = 700
 """Characters of an upstream's words in one field: a line has at most 998 octets (RFC 5322 section 2.1.1)."""
 
-_POLICY: Final = Compat32(linesep="\r\n", max_line_length=None, mangle_from_=False)
 _MESSAGE_ID = re.compile(rb"^message-id[ \t]*:[ \t\r\n]*(<[!-~]{1,250}>)", re.IGNORECASE | re.MULTILINE)
 _XTEXT = re.compile(r"\+([0-9A-F]{2})")
 
@@ -85,28 +80,28 @@ def build(
 ) -> Notification:
     """One notification about recipients of one mail, all with the same action. `sender` is the author that is shown."""
     action = reports[0].action
-    root = Part(policy=_POLICY)
-    root["From"] = f"Mail Delivery System <{sender}>"
-    root["To"] = f"<{to}>"
-    root["Date"] = formatdate(now)
-    root["Message-ID"] = f"<{notification_id}@{hostname}>"
+    fields = [
+        ("From", f"Mail Delivery System <{sender}>"),
+        ("To", f"<{to}>"),
+        ("Date", formatdate(now)),
+        ("Message-ID", f"<{notification_id}@{hostname}>"),
+        ("Subject", _SUBJECTS[action]),
+        ("Auto-Submitted", "auto-replied"),
+        ("MIME-Version", "1.0"),
+        ("Content-Type", f'multipart/report; report-type=delivery-status; boundary="=_{notification_id}"'),
+    ]
     if match := _MESSAGE_ID.search(content.header):
-        root["In-Reply-To"] = root["References"] = match.group(1).decode("ascii")
-    root["Subject"] = _SUBJECTS[action]
-    root["Auto-Submitted"] = "auto-replied"
-    root["MIME-Version"] = "1.0"
-    root["Content-Type"] = f'multipart/report; report-type=delivery-status; boundary="=_{notification_id}"'
+        about = match.group(1).decode("ascii")
+        fields += [("In-Reply-To", about), ("References", about)]
+    words = _words(reports, action, hostname, queue_id, received_at, retry_until)
+    groups = _groups(reports, original, hostname, queue_id, received_at, retry_until, now)
     is_global = any(report.recipient.mailbox.is_internationalized for report in reports)
-    returned = _returned(content, full=original.ret == "FULL" and action is Action.FAILED)
-    root.attach(_text(_words(reports, action, hostname, queue_id, received_at, retry_until)))
-    root.attach(_fields(reports, original, hostname, queue_id, received_at, retry_until, now, is_global=is_global))
-    root.attach(returned)
-    buffer = BytesIO()
-    BytesGenerator(buffer, policy=_POLICY).flatten(root)
-    header, _, body = buffer.getvalue().partition(b"\r\n\r\n")
-    header += b"\r\n"
-    if not body.endswith(b"\r\n"):
-        body += b"\r\n"
+    parts = (
+        ("text/plain; charset=utf-8", words.encode()),
+        _status_part(groups, is_global=is_global),
+        _returned(content, full=original.ret == "FULL" and action is Action.FAILED),
+    )
+    body = _multipart(parts, f"=_{notification_id}".encode())
     return Notification(
         Envelope(
             sender=None,
@@ -114,9 +109,19 @@ def build(
             internationalized=to.is_internationalized,
             recipients=[Recipient(to, Notify.NEVER)],
         ),
-        header,
+        "".join(f"{name}: {value}\r\n" for name, value in fields).encode(),
         body,
     )
+
+
+def _multipart(parts: Sequence[tuple[str, bytes]], boundary: bytes) -> bytes:
+    """RFC 2046 section 5.1. By hand, as the email package does not write octets over 127 in message/* parts."""
+    pieces = []
+    for kind, octets in parts:
+        encoding = "7bit" if octets.isascii() else "8bit"
+        head = f"Content-Type: {kind}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+        pieces.append(b"--" + boundary + b"\r\n" + head.encode("ascii") + octets + b"\r\n")
+    return b"".join(pieces) + b"--" + boundary + b"--\r\n"
 
 
 _SUBJECTS: Final = {
@@ -181,15 +186,7 @@ def _words(
     return "\r\n".join(lines) + "\r\n"
 
 
-def _text(words: str) -> Part:
-    part = Part(policy=_POLICY)
-    part["Content-Type"] = "text/plain; charset=utf-8"
-    part["Content-Transfer-Encoding"] = "7bit" if words.isascii() else "8bit"
-    part.set_payload(_as_payload(words.encode()))
-    return part
-
-
-def _fields(
+def _groups(
     reports: Sequence[RecipientReport],
     original: Envelope,
     hostname: str,
@@ -197,10 +194,8 @@ def _fields(
     received_at: float,
     retry_until: float | None,
     now: float,
-    *,
-    is_global: bool,
-) -> Part:
-    """The machine's part; with `is_global` in UTF-8 (RFC 6533 section 3), else in ASCII."""
+) -> list[list[tuple[str, str]]]:
+    """The fields for programs: those of the message, then those of each recipient (RFC 3464 section 2)."""
     about_message = [("Reporting-MTA", f"dns; {hostname}"), ("X-Mailsluice-Queue-ID", queue_id)]
     if original.envid is not None:
         about_message.append(("Original-Envelope-Id", _xtext(original.envid)))
@@ -222,41 +217,24 @@ def _fields(
         if report.action is Action.DELAYED and retry_until is not None:
             fields.append(("Will-Retry-Until", formatdate(retry_until)))
         groups.append(fields)
-    part = Part(policy=_POLICY)
+    return groups
+
+
+def _status_part(groups: list[list[tuple[str, str]]], *, is_global: bool) -> tuple[str, bytes]:
+    """In UTF-8 for internationalized recipients (RFC 6533 section 3), else in ASCII."""
+    text = "\r\n".join("".join(f"{name}: {value}\r\n" for name, value in fields) for fields in groups)
     if is_global:
-        part["Content-Type"] = "message/global-delivery-status"
-        part["Content-Transfer-Encoding"] = "8bit"
-        blocks = ["".join(f"{name}: {value}\r\n" for name, value in fields) for fields in groups]
-        part.set_payload(_as_payload("\r\n".join(blocks).encode()))
-        return part
-    part["Content-Type"] = "message/delivery-status"
-    part.set_payload([])  # the email package writes this type from parts of header fields, one for each group
-    for fields in groups:
-        block = Part(policy=_POLICY)
-        for name, value in fields:
-            block[name] = value.encode("ascii", "replace").decode("ascii")
-        part.attach(block)
-    return part
+        return "message/global-delivery-status", text.encode()
+    return "message/delivery-status", text.encode("ascii", "replace")
 
 
-def _returned(content: Content, *, full: bool) -> Part:
-    part = Part(policy=_POLICY)
+def _returned(content: Content, *, full: bool) -> tuple[str, bytes]:
     if full and content.size <= MAXIMUM_RETURNED:
-        octets = b"".join(content.chunks())
-        part["Content-Type"] = "message/rfc822"
-    else:
-        octets = content.header
-        if len(octets) > MAXIMUM_RETURNED:
-            octets = octets[: octets.rfind(b"\r\n", 0, MAXIMUM_RETURNED) + 2]
-        part["Content-Type"] = "text/rfc822-headers"
-    part["Content-Transfer-Encoding"] = "7bit" if octets.isascii() else "8bit"
-    part.set_payload(_as_payload(octets))
-    return part
-
-
-def _as_payload(octets: bytes) -> str:
-    """How the email package carries octets that it is to write as they are."""
-    return octets.decode("ascii", "surrogateescape")
+        return "message/rfc822", b"".join(content.chunks())
+    octets = content.header
+    if len(octets) > MAXIMUM_RETURNED:
+        octets = octets[: octets.rfind(b"\r\n", 0, MAXIMUM_RETURNED) + 2]
+    return "text/rfc822-headers", octets
 
 
 def _one_line(text: str) -> str:
