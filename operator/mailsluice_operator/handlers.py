@@ -118,8 +118,9 @@ class Intake:
         elif where.kind is SMTP_USER:
             former = index.relay_of(where)
             index.set_relay(where, relay_named_by(after) if after is not None else None)
-            if former is not None:  # the relay that a user left has a login too many
-                self._context.enqueue(former, 0.0)
+            if former is not None:  # the relay that a user left has a login too many, and a rival may get it
+                for key in (former, *index.users(former)):
+                    self._context.enqueue(key, 0.0)
 
     def _keys(self, where: Reference, before: Object | None, after: Object | None) -> Iterator[Key]:
         index = self._context.index

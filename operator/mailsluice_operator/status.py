@@ -30,6 +30,7 @@ class PodView:
 
     name: str
     ready: bool
+    running: bool = True
     revision: str | None = None
     draining: bool = False
     queued: int | None = None

@@ -119,6 +119,12 @@ class Platform:
     kubectl: Kubectl
     folder: Path
 
+    def fill(self, kubectl: Kubectl) -> None:
+        """The Secrets that the relays of the tests name."""
+        kubectl.apply(
+            secret("users", htpasswd=HTPASSWD), secret("provider", username="platform", password="provider-secret")
+        )
+
     def kubeconfig_of(self, account: str, namespace: str) -> Path:
         """A kubeconfig with the rights of a ServiceAccount."""
         document = json.loads(self.kubectl.kubeconfig.read_text())
@@ -159,6 +165,12 @@ def operator(platform: Platform) -> Iterator[OperatorProcess]:
         assert process.stop() == 0
 
 
+@pytest.fixture
+def run_operator() -> Callable[..., contextlib.AbstractContextManager[OperatorProcess]]:
+    """Another operator process."""
+    return running_operator
+
+
 _numbers = itertools.count(1)
 
 
@@ -176,14 +188,19 @@ def make_namespace(platform: Platform) -> Iterator[Callable[..., Kubectl]]:
 
     yield make
     for name in made:
-        platform.kubectl("delete", "namespace", name, "--wait=false")
+        # Not the namespace alone: what the operator does while it goes would count for the next test.
+        kubectl = platform.kubectl.within(name)
+        if kubectl.attempt("get", "namespace", name).returncode == 0:
+            kubectl.attempt("annotate", "smtprelay", "--all", "mailsluice.dev/discard-queue=true")
+            kubectl("delete", "smtprelay,smtpuser", "--all", "--timeout=30s")
+            kubectl("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture
-def mail(make_namespace: Callable[..., Kubectl]) -> Kubectl:
+def mail(platform: Platform, make_namespace: Callable[..., Kubectl]) -> Kubectl:
     """kubectl within the namespace of the test's relays, with the Secrets that they name."""
     kubectl = make_namespace()
-    kubectl.apply(secret("users", htpasswd=HTPASSWD), secret("provider", username="platform", password="provider-secret"))
+    platform.fill(kubectl)
     return kubectl
 
 

@@ -91,13 +91,26 @@ def events(kubectl: Kubectl, reason: str) -> list[str]:
     return [event["message"] for event in kubectl.list("events") if event["reason"] == reason]
 
 
-@pytest.fixture
-def settled(mail: Kubectl, eventually: Eventually) -> Kubectl:
-    """A relay `out` whose children are all there."""
+def settle(mail: Kubectl, eventually: Eventually) -> Kubectl:
     mail.apply(relay())
     eventually(lambda: is_true(mail, "ConfigurationValid") and exists(mail, "statefulset/out"))
     eventually(lambda: get(mail, "smtprelay/out").get("status", {}).get("replicas") == 1)
     return mail
+
+
+@pytest.fixture
+def settled(mail: Kubectl, eventually: Eventually) -> Kubectl:
+    """A relay `out` whose children are all there."""
+    return settle(mail, eventually)
+
+
+@pytest.fixture(scope="module")
+def repaired(platform: Any, eventually: Eventually) -> Kubectl:
+    """One such relay for all tests that leave it as it was."""
+    kubectl: Kubectl = platform.kubectl.within("repaired")
+    platform.kubectl("create", "namespace", "repaired")
+    platform.fill(kubectl)
+    return settle(kubectl, eventually)
 
 
 def test_a_relay_gets_all_its_children_owned_and_labelled(settled: Kubectl) -> None:
@@ -122,11 +135,11 @@ def test_pods_hold_no_api_token_and_meet_the_restricted_standard(make_namespace:
 
 @pytest.mark.parametrize("child", CHILDREN)
 def test_a_deleted_child_is_back_within_two_seconds(
-    settled: Kubectl, child: str, within_two_seconds: Callable[..., float]
+    repaired: Kubectl, child: str, within_two_seconds: Callable[..., float]
 ) -> None:
-    before = get(settled, child)["metadata"]["uid"]
-    settled("delete", child, "--wait=false")
-    within_two_seconds(lambda: get(settled, child)["metadata"]["uid"] != before)
+    before = get(repaired, child)["metadata"]["uid"]
+    repaired("delete", child, "--wait=false")
+    within_two_seconds(lambda: get(repaired, child)["metadata"]["uid"] != before)
 
 
 EDITS = {
@@ -144,39 +157,38 @@ EDITS = {
 
 @pytest.mark.parametrize("child", CHILDREN)
 def test_an_edited_child_is_repaired_within_two_seconds(
-    settled: Kubectl, child: str, within_two_seconds: Callable[..., float]
+    repaired: Kubectl, child: str, within_two_seconds: Callable[..., float]
 ) -> None:
     def content() -> Object:
-        found = get(settled, child)
+        found = get(repaired, child)
         metadata = {key: found["metadata"].get(key) for key in ("labels", "annotations", "ownerReferences")}
         return {**{key: found[key] for key in found if key not in ("metadata", "status")}, "metadata": metadata}
 
     before = content()
-    version = get(settled, child)["metadata"]["resourceVersion"]
-    settled("patch", child, "--type=merge", "-p", json.dumps(EDITS[child]))
-    assert get(settled, child)["metadata"]["resourceVersion"] != version
+    version = get(repaired, child)["metadata"]["resourceVersion"]
+    repaired("patch", child, "--type=merge", "-p", json.dumps(EDITS[child]))
+    assert get(repaired, child)["metadata"]["resourceVersion"] != version
     within_two_seconds(lambda: content() == before)
 
 
 def test_a_reconcile_with_nothing_to_do_writes_nothing(
-    settled: Kubectl, operator: Any, eventually: Eventually
+    repaired: Kubectl, operator: Any, eventually: Eventually
 ) -> None:
-    resources = (*CHILDREN, "smtprelay/out")
     eventually(lambda: operator.value("mailsluice_operator_work_queue_depth") == 0)
-    before = {child: get(settled, child)["metadata"]["resourceVersion"] for child in resources[:-1]}
+    before = {child: get(repaired, child)["metadata"]["resourceVersion"] for child in CHILDREN}
     writes = operator.writes()
     reconciles = operator.value("mailsluice_operator_reconciles_total", kind="SmtpRelay")
     for number in range(10):
-        settled("annotate", "smtprelay/out", f"example.test/poke={number}", "--overwrite")
+        repaired("annotate", "smtprelay/out", f"example.test/poke={number}", "--overwrite")
         count = reconciles + number + 1
-        eventually(lambda count=count: operator.value("mailsluice_operator_reconciles_total", kind="SmtpRelay") >= count)
+        eventually(
+            lambda count=count: operator.value("mailsluice_operator_reconciles_total", kind="SmtpRelay") >= count
+        )
     assert operator.writes() == writes
-    assert {child: get(settled, child)["metadata"]["resourceVersion"] for child in resources[:-1]} == before
+    assert {child: get(repaired, child)["metadata"]["resourceVersion"] for child in CHILDREN} == before
 
 
-def test_a_missing_secret_is_named_told_once_and_taken_up_when_it_comes(
-    mail: Kubectl, eventually: Eventually
-) -> None:
+def test_a_missing_secret_is_named_told_once_and_taken_up_when_it_comes(mail: Kubectl, eventually: Eventually) -> None:
     mail.apply(relay(upstreams=[{"name": "p", "host": "smtp.provider.test", "credentialsSecretRef": {"name": "late"}}]))
     eventually(lambda: condition(mail, "ConfigurationValid")[:2] == ("False", "SecretNotFound"))
     message = condition(mail, "ConfigurationValid")[2]
@@ -218,9 +230,10 @@ def test_a_changed_secret_reaches_the_configuration_and_leaves_the_pods_alone(
     eventually(lambda: secret_value(settled, "out-credentials", "upstream-provider.password") == "changed")
     eventually(lambda: configuration(settled).credentials_revision != before.credentials_revision)
     assert secret_value(settled, "out-credentials", "revision") == configuration(settled).credentials_revision
-    assert "changed" not in gzip.decompress(
-        base64.b64decode(get(settled, "secret/out-config")["data"]["config.json.gz"])
-    ).decode()
+    assert (
+        "changed"
+        not in gzip.decompress(base64.b64decode(get(settled, "secret/out-config")["data"]["config.json.gz"])).decode()
+    )
     assert get(settled, "statefulset/out")["metadata"]["generation"] == generation
 
 
@@ -260,9 +273,8 @@ def test_a_foreign_object_of_the_same_name_is_reported_and_left_alone(mail: Kube
     assert f"Service {mail.namespace}/out" in condition(mail, "Stalled")[2]
     assert get(mail, "service/out")["metadata"]["resourceVersion"] == version
     assert not exists(mail, "statefulset/out")
-    mail("delete", "service/out")
-    mail("annotate", "smtprelay/out", "example.test/poke=1")
-    eventually(lambda: exists(mail, "statefulset/out") and not is_true(mail, "Stalled"))
+    mail("delete", "service/out")  # which nothing tells the operator of: it looks again
+    eventually(lambda: exists(mail, "statefulset/out") and not is_true(mail, "Stalled"), 20)
 
 
 def test_a_paused_relay_is_left_as_it_is(settled: Kubectl, operator: Any, eventually: Eventually) -> None:
@@ -517,3 +529,27 @@ def test_a_secret_of_somebody_else_is_not_taken_for_a_user(
     shop.apply(user("news", granting.namespace, f"a@{shop.namespace}.example.test", secretName="precious"))
     eventually(lambda: condition(shop, "Ready", "smtpuser/news")[:2] == ("False", "NameTaken"))
     assert secret_value(shop, "precious", "key") == "value"
+
+
+# --- The process ------------------------------------------------------------------------------------------------------
+
+
+def test_a_restart_over_settled_relays_writes_nothing_and_a_role_is_enough(
+    platform: Any, settled: Kubectl, run_operator: Any, eventually: Eventually
+) -> None:
+    """Another operator process, for this namespace alone, with a RoleBinding instead of the ClusterRoleBinding."""
+    settled.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "operator"}})
+    settled(
+        "create",
+        "rolebinding",
+        "operator",
+        "--clusterrole=mailsluice-operator",
+        f"--serviceaccount={settled.namespace}:operator",
+    )
+    kubeconfig = platform.kubeconfig_of("operator", settled.namespace)
+    with run_operator(kubeconfig, platform.folder, "--namespace", settled.namespace) as process:
+        eventually(lambda: process.value("mailsluice_operator_reconciles_total", result="success") >= 1)
+        assert process.writes() == 0
+        assert {code for (_, code), count in process.requests().items() if count} <= {"200", "404"}
+        assert process.value("mailsluice_operator_relays") == 1
+        assert process.stop() == 0

@@ -11,7 +11,7 @@ from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.workload import PodSettings
 from mailsluice_operator.cluster.client import ApiError, Cluster
 from mailsluice_operator.cluster.events import Recent
-from mailsluice_operator.cluster.objects import Object, Reference
+from mailsluice_operator.cluster.objects import NAMESPACE, Object, Reference
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.reconcile.index import Index
 from mailsluice_operator.status import timestamp
@@ -57,6 +57,11 @@ class Context:
 
     def __post_init__(self) -> None:
         self.recent = Recent(self.monotonic)
+
+    def namespace_goes(self, namespace: str) -> bool:
+        """The namespace is being deleted, with everything in it. With a Role alone that cannot be known."""
+        body = self.store.get(Reference(NAMESPACE, "", namespace))
+        return body is not None and "deletionTimestamp" in body["metadata"]
 
     async def tell(self, about: Object, fact: Fact, *, warning: bool = True) -> None:
         """Post an Event, once for as long as it is news. The condition carries the same words and is what counts."""

@@ -17,6 +17,7 @@ FRESH: Final = 30.0
 """Seconds for which a pod's report is good enough, so that queue counts do not write a status every moment."""
 FRESH_WHILE_CHANGING: Final = 2.0
 """The same while a pod still has to take up a configuration or to empty its queue."""
+_UNSCHEDULABLE: Final = ("PodScheduled", "False", "Unschedulable")
 
 
 @dataclass
@@ -108,11 +109,12 @@ def _view(pod: Object, answer: _Answer | None) -> PodView:
     report = answer.report if answer is not None else None
     unschedulable = None
     for condition in pod["status"].get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
+        if (condition["type"], condition["status"], condition.get("reason")) == _UNSCHEDULABLE:
             unschedulable = condition.get("message") or "no reason given"
     return PodView(
         name=pod["metadata"]["name"],
         ready=is_ready(pod),
+        running=pod["status"].get("phase") == "Running",
         revision=report.revision if report is not None else None,
         draining=report is not None and report.draining,
         queued=report.queued if report is not None else None,

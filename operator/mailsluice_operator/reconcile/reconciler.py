@@ -23,7 +23,6 @@ class Reconciler:
         if key.kind == SMTP_RELAY:
             return await self._relays.reconcile(key)
         if key.kind == SMTP_USER:
-            await reconcile_user(self._context, key)
-        else:
-            await reconcile_secret(self._context, key)
+            return await reconcile_user(self._context, key)
+        await reconcile_secret(self._context, key)
         return None

@@ -27,8 +27,9 @@ from mailsluice_operator.children.metadata import (
     selector,
 )
 from mailsluice_operator.children.secrets import CONFIG_KEY, config_secret, decoded
+from mailsluice_operator.children.workload import QUEUE_VOLUME
 from mailsluice_operator.cluster.objects import (
-    NAMESPACE,
+    CLAIM,
     SECRET,
     SERVICE,
     SMTP_RELAY,
@@ -51,9 +52,10 @@ from mailsluice_relay.config import ConfigurationError, QueueMode, decode, encod
 
 log = logging.getLogger(__name__)
 
-MISSING_FIRST: Final = 1.0
-MISSING_LONGEST: Final = 60.0
-"""Seconds after which a Secret that was missing is looked for again: it cannot be watched before it has our label."""
+FIRST_WAIT: Final = 1.0
+LONGEST_WAIT: Final = 60.0
+"""Seconds after which is looked again for what cannot be watched, since it has no label of ours: a Secret that was not
+there, a foreign object that was. Each time twice as long."""
 
 EXPIRING: Final = datetime.timedelta(days=14)
 """Before the end of a certificate that a person has to renew."""
@@ -66,7 +68,7 @@ class _Memory:
     good: bytes | None = None
     """The children of the last configuration that could be used, packed: they stay while a newer one cannot."""
     good_prints: tuple[str, ...] = ()
-    missing_delay: float = MISSING_FIRST
+    delay: float = FIRST_WAIT
     learnt: bool = False
     queued: int | None = None
     queued_at: float = 0.0
@@ -76,6 +78,11 @@ class _Memory:
         if prints != self.good_prints:
             self.good_prints = prints
             self.good = zlib.compress(msgspec.json.encode(children))
+
+    def wait(self) -> float:
+        """In how many seconds to look again for what no watch tells of."""
+        delay, self.delay = self.delay, min(self.delay * 2, LONGEST_WAIT)
+        return delay
 
     def recall(self) -> list[Object]:
         return msgspec.json.decode(zlib.decompress(self.good), type=list[Object]) if self.good is not None else []
@@ -118,6 +125,8 @@ class RelayReconciler:
             return None
         if "deletionTimestamp" in body["metadata"]:
             return await self._delete(key, body, relay)
+        if self._context.namespace_goes(key.namespace):
+            return None  # it takes nothing new, and the relay is deleted next
         if relay.spec.paused:
             view = replace(await self._view(key, relay, self._revision_in_force(key), changing=False), paused=True)
             await self._report(body, relay.status, view)
@@ -136,11 +145,7 @@ class RelayReconciler:
             await self._keep_last_good(memory)
             view = replace(await self._view(key, relay, in_force, changing=False), invalid=built)
             await self._report(body, relay.status, view)
-            if built.reason != "SecretNotFound":
-                return self._look_again(key, view)
-            delay, memory.missing_delay = memory.missing_delay, min(memory.missing_delay * 2, MISSING_LONGEST)
-            return delay
-        memory.missing_delay = MISSING_FIRST
+            return memory.wait() if built.reason == "SecretNotFound" else self._look_again(key, view)
         children = desired.relay_children(
             effective,
             built.contents,
@@ -155,6 +160,7 @@ class RelayReconciler:
             revision = built.contents.revision
             memory.remember(children)
             await self._pods.nudge(key, revision)
+            memory.delay = FIRST_WAIT
             body = await self._hold_for_drain(key, body)
         view = replace(
             await self._view(key, relay, revision, changing=step.waiting is not None),
@@ -164,7 +170,7 @@ class RelayReconciler:
             degraded=tuple(fact for fact in (step.waiting, *built.degraded) if fact is not None),
         )
         await self._report(body, relay.status, view)
-        return self._look_again(key, view)
+        return memory.wait() if blocked is not None else self._look_again(key, view)
 
     async def _apply(self, body: Object, children: list[Object]) -> Fact | None:
         """Make the children what they should be; returns why one cannot be made. What comes after it is not made."""
@@ -188,7 +194,24 @@ class RelayReconciler:
         if relay.spec.queue.mode is QueueMode.PASS_THROUGH or wanted >= workload.replicas:
             return desired.Step(wanted)
         views = await self._pods.views(key, self._revision_in_force(key), changing=True)
-        return desired.next_step(wanted, workload.replicas, drained(views, key.name), key.name)
+        left = await self._left(key, views, range(workload.replicas - 1, workload.replicas))
+        return desired.next_step(wanted, workload.replicas, left, key.name)
+
+    async def _left(self, key: Key, views: tuple[PodView, ...], ordinals: range) -> dict[int, int | None]:
+        """How many messages each of these ordinals still has, where that can be known.
+
+        One that does not run and has no volume has none: nothing is accepted before it is on the volume.
+        """
+        left = drained(views, key.name)
+        running = {view.name for view in views if view.running}
+        for ordinal in ordinals:
+            if left.get(ordinal) is None and f"{key.name}-{ordinal}" not in running:
+                claim = await self._context.cluster.get(
+                    Reference(CLAIM, key.namespace, f"{QUEUE_VOLUME}-{key.name}-{ordinal}")
+                )
+                if claim is None or claim["status"].get("phase") == "Pending":
+                    left[ordinal] = 0
+        return left
 
     async def _build(self, key: Key, relay: SmtpRelay, step: desired.Step) -> _Built | Fact:
         """The configuration and the certificates; or why there can be none, which names object and field."""
@@ -326,10 +349,9 @@ class RelayReconciler:
 
     def _gives_up_queue(self, key: Key, body: Object, workload: Workload) -> bool:
         """Nothing is to be waited for: it was said so, or the namespace or the pods go (foreground deletion)."""
-        namespace = self._context.store.get(Reference(NAMESPACE, "", key.namespace))
         return (
             annotations_of(body).get(DISCARD_QUEUE_ANNOTATION) == "true"
-            or (namespace is not None and "deletionTimestamp" in namespace["metadata"])
+            or self._context.namespace_goes(key.namespace)
             or not workload.is_persistent
             or workload.going
             or workload.replicas == 0
@@ -339,7 +361,7 @@ class RelayReconciler:
         """Tell every pod to empty its queue; returns what is still waited for."""
         await self._apply_draining(key, relay)
         views = await self._pods.views(key, self._revision_in_force(key), changing=True)
-        left = drained(views, key.name)
+        left = await self._left(key, views, range(workload.replicas))
         unknown = [ordinal for ordinal in range(workload.replicas) if left.get(ordinal) is None]
         known = sum(count for count in left.values() if count is not None)
         if not unknown and known == 0:

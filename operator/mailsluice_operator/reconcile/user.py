@@ -5,6 +5,8 @@ The login itself reaches the relay by the relay's own reconcile, which reads the
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from mailsluice_operator import desired
@@ -20,17 +22,21 @@ from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, relay_from,
 from mailsluice_operator.resource.status import SmtpUserStatus
 from mailsluice_operator.status import user_status
 
+NAME_TAKEN_RETRY: Final = 30.0
+"""Seconds after which is looked again whether a foreign Secret still has the name: no watch tells of it."""
 
-async def reconcile_user(context: Context, key: Key) -> None:
+
+async def reconcile_user(context: Context, key: Key) -> float | None:
+    """Bring one user to what is wanted; returns in how many seconds to look again, if at all."""
     body = context.store.get(key)
-    if body is None or "deletionTimestamp" in body["metadata"]:
-        return  # its Secret goes with it, and the relay's own reconcile takes the login away
+    if body is None or "deletionTimestamp" in body["metadata"] or context.namespace_goes(key.namespace):
+        return None  # its Secret goes with it, and the relay's own reconcile takes the login away
     try:
         user = user_from(body)
     except msgspec.ValidationError as error:
         # The schema lets nothing of the kind in; an older one may have. The parts that can be read carry the status.
         await _report(context, body, None, Fact("Invalid", f"{error}; correct it."), None, None)
-        return
+        return None
     relay_key = relay_named_by(body)
     relay_body = context.store.get(relay_key)
     relay = _relay(relay_body)
@@ -41,17 +47,18 @@ async def reconcile_user(context: Context, key: Key) -> None:
             "name.",
         )
         await _report(context, body, user, refused, None, None)
-        return
+        return None
     decision = next(
         (made for made in users.decisions(context, relay_key, relay) if made.user.metadata.uid == user.metadata.uid),
         None,
     )
     if decision is None:  # the index will have it when the watch has told; the event brings this key back
-        return
+        return None
     unready: Fact | None = None
     if decision.refused is None:
         unready = await _ensure_secret(context, user, relay, relay_key) or _relay_unready(relay)
     await _report(context, body, user, decision.refused, unready, relay)
+    return NAME_TAKEN_RETRY if unready is not None and unready.reason == "NameTaken" else None
 
 
 def key_of(user: SmtpUser) -> Key:
