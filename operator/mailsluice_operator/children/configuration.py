@@ -160,12 +160,12 @@ def hostname(relay: SmtpRelay) -> str:
 
 
 def own_logins(relay: SmtpRelay, secrets: Mapping[str, Secret]) -> frozenset[str]:
-    """The logins of the relay's own users, folded, of those Secrets that are there and in order."""
+    """The logins of the relay's own users, as `login_key` has them, of those Secrets that are there and in order."""
     found: set[str] = set()
     for use in secret_uses(relay):
         secret = secrets.get(use.name)
         if use.purpose is Purpose.USERS and secret is not None and wrong_content(use, secret.data) is None:
-            found.update(login.casefold() for login, _ in _logins(use, secret, lambda _password, _salt: ""))
+            found.update(config.login_key(login) for login, _ in _logins(use, secret, lambda _password, _salt: ""))
     return frozenset(found)
 
 
@@ -238,7 +238,7 @@ def _own_users(
     held_by: dict[str, str] = {}
     for use, source in zip(sources, relay.spec.authentication.users, strict=True):
         for login, hashed in _logins(use, secrets[use.name], hash_password):
-            folded = login.casefold()
+            folded = config.login_key(login)
             if folded in users:
                 raise Unusable(
                     [
@@ -268,7 +268,7 @@ def _logins(use: SecretUse, secret: Secret, hash_password: HashPassword) -> tupl
 
 
 def _is_suspended(relay: SmtpRelay, login: str) -> bool:
-    return login.casefold() in (other.casefold() for other in relay.spec.authentication.suspended_logins)
+    return config.login_key(login) in map(config.login_key, relay.spec.authentication.suspended_logins)
 
 
 def _failures(failures: models.Failures) -> config.Failures:
@@ -302,13 +302,13 @@ def _spam(spam: models.Spam) -> config.Spam:
         if field.encode_name not in IMPLEMENTED_SPAM_RULES:
             continue
         settings = getattr(spam.rules, field.name) or models.DEFAULT_SPAM_RULES[field.name]
-        if settings.score > 0:
-            window = getattr(settings, "window", None)
-            rules[field.encode_name] = config.SpamRule(
-                score=settings.score,
-                limit=getattr(settings, "limit", None),
-                window=seconds(window) if window is not None else None,
-            )
+        window = getattr(settings, "window", None)
+        # Those of score 0 as well: the relay takes an empty table for all rules at their defaults.
+        rules[field.encode_name] = config.SpamRule(
+            score=settings.score,
+            limit=getattr(settings, "limit", None),
+            window=seconds(window) if window is not None else None,
+        )
     return config.Spam(suspect_at=spam.suspect_at, hold_at=spam.hold_at, reject_at=spam.reject_at, rules=rules)
 
 

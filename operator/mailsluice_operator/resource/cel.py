@@ -25,8 +25,15 @@ class RuleError(Exception):
 class _CIDR:
     """A value of the type `net.CIDR`."""
 
-    def __init__(self, network: _Network) -> None:
+    def __init__(self, network: _Network, address: str) -> None:
         self.network = network
+        self.address = ipaddress.ip_address(address)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _CIDR) and (self.network, self.address) == (other.network, other.address)
+
+    def __hash__(self) -> int:
+        return hash((self.network, self.address))
 
 
 class _IP:
@@ -62,7 +69,11 @@ def _cidr(text: celtypes.StringType) -> _CIDR:
     network = _network(str(text))
     if network is None:
         raise ValueError(f"network address parse error: {text}")
-    return _CIDR(network)
+    return _CIDR(network, str(text).partition("/")[0])
+
+
+def _masked(value: _CIDR) -> _CIDR:
+    return _CIDR(value.network, str(value.network.network_address))
 
 
 def _prefix_length(value: _CIDR) -> celtypes.IntType:
@@ -70,7 +81,7 @@ def _prefix_length(value: _CIDR) -> celtypes.IntType:
 
 
 def _ip(value: _CIDR) -> _IP:
-    return _IP(value.network.network_address)
+    return _IP(value.address)
 
 
 def _family(value: _IP) -> celtypes.IntType:
@@ -90,6 +101,7 @@ def _value(value: object) -> object:
 _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "isCIDR": _is_cidr,
     "cidr": _cidr,
+    "masked": _masked,
     "prefixLength": _prefix_length,
     "ip": _ip,
     "family": _family,

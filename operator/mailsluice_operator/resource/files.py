@@ -20,7 +20,7 @@ from mailsluice_operator.resource.references import Purpose, SecretUse, is_basic
 from mailsluice_operator.resource.schema import PATTERN_REMEDIES
 from mailsluice_operator.resource.validation import KINDS, Problem, admitted, known_fields, validate
 from mailsluice_operator.resource.yaml_lines import Document, YAMLProblem, documents
-from mailsluice_relay.config import LoginFormat, parse_htpasswd
+from mailsluice_relay.config import LoginFormat, login_key, parse_htpasswd
 
 
 class Severity(enum.Enum):
@@ -278,7 +278,7 @@ def _logins(item: Loaded, relay: SmtpRelay, use: SecretUse, secret: _Secret, see
                 "with it; write the full address, or set loginFormat",
                 Severity.WARNING,
             )
-        if (other := seen.setdefault(login.casefold(), use.name)) != use.name:
+        if (other := seen.setdefault(login_key(login), use.name)) != use.name:
             yield item.finding(
                 use.field, f"Secret {use.name} has the login {login}, which Secret {other} has too; remove one of them"
             )

@@ -20,7 +20,9 @@ from mailsluice_operator.resource.pod import (
 from mailsluice_operator.resource.presets import PRESETS
 from mailsluice_operator.resource.schema import (
     ATOMIC,
+    HAS_NO_HOST_BITS,
     IS_NETWORK,
+    LOGIN_PATTERN,
     SET,
     Address,
     Annotations,
@@ -328,6 +330,7 @@ class Authentication(Struct, frozen=True, kw_only=True):
         SET,
         rules(
             IS_NETWORK,
+            HAS_NO_HOST_BITS,
             Rule(
                 "self.all(network, !isCIDR(network) || "
                 "cidr(network).prefixLength() >= (cidr(network).ip().family() == 4 ? 8 : 32))",
@@ -1078,7 +1081,7 @@ class SmtpUserSpec(Struct, frozen=True, kw_only=True):
 
     relay_ref: RelayReference
     """The relay to send through."""
-    login: Annotated[str, Meta(min_length=1, max_length=320, pattern=r"^[^\s:]+$")]
+    login: Annotated[str, Meta(min_length=1, max_length=320, pattern=LOGIN_PATTERN)]
     """The login: the full e-mail address, within what the relay grants this namespace."""
     senders: Senders = ()
     """What it may send as, on top of the login; within what the relay grants. Examples: news@shop.example.test,

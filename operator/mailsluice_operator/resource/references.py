@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from mailsluice_operator.resource.models import SmtpRelay
-from mailsluice_relay.config import ConfigurationError, parse_htpasswd
+from mailsluice_relay.config import ConfigurationError, login_key, parse_htpasswd
 
 Data = Mapping[str, bytes]
 """The content of a Secret, decoded."""
@@ -146,7 +146,7 @@ def _wrong_htpasswd(key: str, octets: bytes) -> str | None:
         return f"key {key}, {error}"
     seen: set[str] = set()
     for login, _ in pairs:
-        if login.casefold() in seen:
+        if login_key(login) in seen:
             return f"key {key} has the login {login} twice; remove one line"
-        seen.add(login.casefold())
+        seen.add(login_key(login))
     return None

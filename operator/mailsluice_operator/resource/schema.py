@@ -67,9 +67,15 @@ ATOMIC = Meta(extra_json_schema={"x-kubernetes-list-type": "atomic"})
 
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 SUBDOMAIN_PATTERN = rf"^{LABEL}(\.{LABEL})*$"
-DOMAIN_PATTERN = r"^(\*\.)?[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?)*$"
-ADDRESS_PATTERN = r"^[^@\s]+@[^@\s]+$"
-SENDER_PATTERN = r"^(<>|[^@\s]+@[^@\s]+)$"
+_DOMAIN = r"[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?)*"
+DOMAIN_PATTERN = rf"^(\*\.)?{_DOMAIN}$"
+"""Of ASCII, internationalised names in A-labels (xn--): what looks alike must not be taken for the same."""
+ADDRESS_PATTERN = rf"^[!-?A-~]+@{_DOMAIN}$"
+SENDER_PATTERN = rf"^(<>|\*@(\*\.)?{_DOMAIN}|[^@*\s\x00-\x1f\x7f]+@{_DOMAIN})$"
+"""No pattern that the relay could not read passes: one SmtpUser's would keep everybody's configuration from it."""
+LOGIN_PATTERN = rf"^[!#-)+-9;-?A-\[\]-~]+(@{_DOMAIN})?$"
+"""ASCII without the colon of htpasswd, the star of patterns, and quotes and backslashes, by which one address has
+several spellings and two logins could be the same sender."""
 DURATION_PATTERN = r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"
 """The form of the Gateway API (GEP-2257): `48h`, `1h30m`, `500ms`."""
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|K|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
@@ -81,6 +87,7 @@ PATTERN_REMEDIES: Final = {
     SIZE_PATTERN: "write it like 1000000, 2G or 25Mi",
     SENDER_PATTERN: "write it like shop@example.com, *@example.com, *@*.example.com or <>",
     ADDRESS_PATTERN: "write it like shop@example.com",
+    LOGIN_PATTERN: "write it like shop@example.com",
     DOMAIN_PATTERN: "write it like example.com or *.example.com",
     SUBDOMAIN_PATTERN: "use lower-case letters, digits, hyphens and dots",
 }
@@ -121,7 +128,11 @@ IS_NETWORK = Rule(
     "self.all(network, isCIDR(network))",
     "must be networks in CIDR notation, such as 192.0.2.0/24 or 2001:db8::/32; write a single address as 192.0.2.1/32",
 )
-Networks = Annotated[tuple[Network, ...], Meta(max_length=64), SET, rules(IS_NETWORK)]
+HAS_NO_HOST_BITS = Rule(
+    "self.all(network, !isCIDR(network) || cidr(network) == cidr(network).masked())",
+    "networks must have no bits set beyond their prefix: write 10.0.0.0/8, or 10.0.0.1/32 for one address",
+)
+Networks = Annotated[tuple[Network, ...], Meta(max_length=64), SET, rules(IS_NETWORK, HAS_NO_HOST_BITS)]
 Senders = Annotated[tuple[SenderPattern, ...], Meta(max_length=256), SET]
 Domains = Annotated[tuple[DomainPattern, ...], Meta(max_length=256), SET]
 Labels = Annotated[dict[str, Annotated[str, Meta(max_length=63)]], Meta(max_length=64)]
