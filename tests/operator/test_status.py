@@ -1,0 +1,141 @@
+"""The rules of the status: what each condition means, and that the same observation is the same status."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+
+from mailsluice_operator.children.facts import Fact
+from mailsluice_operator.resource.status import Condition, SmtpRelayStatus, SmtpUserStatus
+from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status, user_status
+
+NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+LATER = NOW + datetime.timedelta(hours=1)
+CURRENT = PodView(name="out-0", ready=True, revision="r1", queued=0)
+WORKING = {
+    "generation": 3,
+    "wanted_replicas": 1,
+    "replicas": 1,
+    "ready_replicas": 1,
+    "updated_replicas": 1,
+    "revision": "r1",
+    "pods": (CURRENT,),
+}
+
+
+def status(before: SmtpRelayStatus | None = None, now: datetime.datetime = NOW, **view: Any) -> SmtpRelayStatus:
+    return relay_status(before or SmtpRelayStatus(), RelayView(**{**WORKING, **view}), now)
+
+
+def of(found: SmtpRelayStatus | SmtpUserStatus, kind: str) -> Condition:
+    (condition,) = [condition for condition in found.conditions if condition.type == kind]
+    return condition
+
+
+def truth(found: SmtpRelayStatus) -> dict[str, str]:
+    return {condition.type: condition.status for condition in found.conditions}
+
+
+HEALTHY = {
+    "Ready": "True",
+    "Reconciling": "False",
+    "Stalled": "False",
+    "ConfigurationValid": "True",
+    "Degraded": "False",
+    "Paused": "False",
+}
+
+
+@pytest.mark.parametrize(
+    ("view", "differs"),
+    [
+        ({}, {}),
+        ({"ready_replicas": 0}, {"Ready": "False", "Reconciling": "True"}),
+        ({"wanted_replicas": 2}, {"Reconciling": "True"}),
+        ({"rolled_out": False}, {"Reconciling": "True"}),
+        ({"pods": (PodView(name="out-0", ready=True, revision="r0"),)}, {"Reconciling": "True"}),
+        ({"pods": (PodView(name="out-0", ready=True),)}, {}),  # one that cannot be reached is not waited for
+        ({"invalid": Fact("SecretNotFound", "x")}, {"Stalled": "True", "ConfigurationValid": "False"}),
+        ({"blocked": Fact("NameTaken", "x")}, {"Stalled": "True"}),
+        ({"degraded": (Fact("QueueOld", "x"),)}, {"Degraded": "True"}),
+        ({"pods": (PodView(name="a", ready=True, revision="r1", upstreams_down=(("u", "e"),)),)}, {"Degraded": "True"}),
+        ({"paused": True}, {"Paused": "True"}),
+        ({"deleting": Fact("Draining", "x")}, {"Ready": "False", "Reconciling": "True"}),
+        (
+            {"wanted_replicas": 0, "replicas": 0, "ready_replicas": 0, "updated_replicas": 0, "pods": ()},
+            {"Ready": "False"},
+        ),
+    ],
+)
+def test_each_observation_changes_the_conditions_that_it_is_about(view: Any, differs: dict[str, str]) -> None:
+    assert truth(status(**view)) == {**HEALTHY, **differs}
+
+
+def test_a_relay_with_a_broken_configuration_stays_ready_on_the_last_good_one() -> None:
+    broken = Fact("SecretInvalid", "spec.x: Secret a/b has no key c; add it.")
+    assert of(status(invalid=broken), "Ready").status == "True"
+    never = status(invalid=broken, revision="", ready_replicas=0, pods=())
+    assert of(never, "Ready").reason == "SecretInvalid"
+    assert of(never, "ConfigurationValid").message == broken.message
+
+
+def test_the_same_observation_later_is_the_same_status() -> None:
+    first = status()
+    assert status(first, LATER) == first
+
+
+def test_a_conditions_time_moves_only_when_its_status_flips() -> None:
+    first = status()
+    second = status(first, LATER, ready_replicas=0)
+    assert of(second, "Ready").last_transition_time == "2026-01-01T01:00:00Z"
+    assert of(second, "Paused").last_transition_time == "2026-01-01T00:00:00Z"
+    third = status(second, LATER + datetime.timedelta(hours=1), ready_replicas=0, wanted_replicas=2)
+    assert of(third, "Ready").message != of(second, "Ready").message
+    assert of(third, "Ready").last_transition_time == "2026-01-01T01:00:00Z"
+
+
+def test_several_shortcomings_are_one_condition_with_everyones_words() -> None:
+    found = of(status(degraded=(Fact("A", "First."), Fact("B", "Second."), Fact("B", "Second."))), "Degraded")
+    assert (found.reason, found.message) == ("A", "First. Second.")
+
+
+def test_pods_that_run_the_revision_are_counted() -> None:
+    pods = (CURRENT, PodView(name="out-1", ready=True, revision="r0"), PodView(name="out-2", ready=False))
+    configuration = status(pods=pods).configuration
+    assert configuration is not None
+    assert (configuration.revision, configuration.pods_current, configuration.pods_total) == ("r1", 1, 3)
+
+
+def test_what_is_not_known_now_is_kept() -> None:
+    first = status(users=5, queued=7)
+    second = status(first)
+    assert (second.users, second.queued_messages) == (5, 7)
+
+
+def test_every_condition_tells_the_generation_it_is_about() -> None:
+    found = status(generation=9)
+    assert {condition.observed_generation for condition in found.conditions} == {9} == {found.observed_generation}
+
+
+def test_endpoints_name_host_and_port() -> None:
+    assert [(e.name, e.address) for e in endpoints("out.mail.svc", [("smtp", 25)])] == [("smtp", "out.mail.svc:25")]
+    assert endpoints("2001:db8::1", [("smtp", 25)])[0].address == "[2001:db8::1]:25"
+
+
+def test_a_refused_user_is_neither_accepted_nor_ready_and_gets_no_login() -> None:
+    common: dict[str, Any] = {
+        "generation": 1,
+        "login": "a@b.test",
+        "secret_name": "a-smtp",
+        "suspended": False,
+        "now": NOW,
+    }
+    refused = user_status(SmtpUserStatus(), refused=Fact("NotAllowed", "x"), unready=None, **common)
+    assert (of(refused, "Accepted").reason, of(refused, "Ready").reason) == ("NotAllowed", "NotAllowed")
+    assert refused.login is None
+    waiting = user_status(refused, refused=None, unready=Fact("RelayNotReady", "x"), **common)
+    assert (of(waiting, "Accepted").status, of(waiting, "Ready").status) == ("True", "False")
+    ready = user_status(waiting, refused=None, unready=None, **common)
+    assert (of(ready, "Ready").status, ready.login, ready.secret_name) == ("True", "a@b.test", "a-smtp")
