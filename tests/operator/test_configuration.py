@@ -336,8 +336,8 @@ def test_one_login_in_two_secrets_is_nobodys() -> None:
 
 
 def test_what_would_do_harm_keeps_the_relay_from_running() -> None:
-    assert messages({"recipients": {"redirectTo": "staging@example.test"}}) == [
-        "spec.recipients.redirectTo: mail is not redirected yet; remove it to send to real recipients."
+    assert messages({"queue": {"mode": "PassThrough"}}) == [
+        "spec.queue.mode: PassThrough is not there yet; use Persistent."
     ]
 
 

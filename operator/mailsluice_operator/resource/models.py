@@ -23,6 +23,7 @@ from mailsluice_operator.resource.schema import (
     HAS_NO_HOST_BITS,
     IS_NETWORK,
     LOGIN_PATTERN,
+    OPTIONAL_ADDRESS_PATTERN,
     SET,
     Address,
     Annotations,
@@ -379,7 +380,7 @@ class RecipientPolicy(Struct, frozen=True, kw_only=True):
 
     allowed_domains: Domains = ()
     """Domains that may be sent to. A plain name matches exactly, *.name its subdomains. Empty: any."""
-    redirect_to: Annotated[str, Meta(max_length=320, pattern=r"^([^@\s]+@[^@\s]+)?$")] | None = None
+    redirect_to: Annotated[str, Meta(max_length=320, pattern=OPTIONAL_ADDRESS_PATTERN)] | None = None
     """Send everything to this one address instead, for staging. Empty: no."""
 
 

@@ -1,7 +1,7 @@
 """Fields that this release accepts, so that manifests need not change later, but does not act on yet.
 
-One table. Where doing nothing would be harmful (mail to people it was not meant for, mail on no disk, an address taken
-for another's) the configuration is refused; elsewhere the check warns and the operator reports it in Degraded.
+One table. Where doing nothing would be harmful (mail accepted onto no disk) the configuration is refused; elsewhere the
+check warns and the operator reports it in Degraded.
 """
 
 from __future__ import annotations
@@ -54,15 +54,6 @@ def _proxy_protocol(relay: SmtpRelay) -> Iterator[NotYet]:
                 f"spec.listeners[{index}].proxyProtocol",
                 "the PROXY protocol is not read yet: the listener is left out",
             )
-
-
-def _redirect(relay: SmtpRelay) -> Iterator[NotYet]:
-    if relay.spec.recipients.redirect_to:
-        yield NotYet(
-            "spec.recipients.redirectTo",
-            "mail is not redirected yet; remove it to send to real recipients",
-            refused=True,
-        )
 
 
 def _pass_through(relay: SmtpRelay) -> Iterator[NotYet]:
@@ -136,8 +127,6 @@ def _spam(relay: SmtpRelay) -> Iterator[NotYet]:
 
 
 def _mail(relay: SmtpRelay) -> Iterator[NotYet]:
-    if relay.spec.bounces.address is not None:
-        yield NotYet("spec.bounces.address", "bounces go out with the empty reverse-path as always")
     if relay.spec.dkim:
         yield NotYet("spec.dkim", "mail is not signed yet; let the upstream sign it")
 
@@ -160,7 +149,6 @@ def _cluster(relay: SmtpRelay) -> Iterator[NotYet]:
 
 _LOOKS: Final[tuple[Callable[[SmtpRelay], Iterator[NotYet]], ...]] = (
     _proxy_protocol,
-    _redirect,
     _pass_through,
     _upstreams,
     _tls,

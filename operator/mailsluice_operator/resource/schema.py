@@ -71,6 +71,7 @@ _DOMAIN = r"[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9]*[A
 DOMAIN_PATTERN = rf"^(\*\.)?{_DOMAIN}$"
 """Of ASCII, internationalised names in A-labels (xn--): what looks alike must not be taken for the same."""
 ADDRESS_PATTERN = rf"^[!-?A-~]+@{_DOMAIN}$"
+OPTIONAL_ADDRESS_PATTERN = rf"^([!-?A-~]+@{_DOMAIN})?$"
 SENDER_PATTERN = rf"^(<>|\*@(\*\.)?{_DOMAIN}|[^@*\s\x00-\x1f\x7f]+@{_DOMAIN})$"
 """No pattern that the relay could not read passes: one SmtpUser's would keep everybody's configuration from it."""
 LOGIN_PATTERN = rf"^[!#-)+-9;-?A-\[\]-~]+(@{_DOMAIN})?$"
@@ -87,6 +88,7 @@ PATTERN_REMEDIES: Final = {
     SIZE_PATTERN: "write it like 1000000, 2G or 25Mi",
     SENDER_PATTERN: "write it like shop@example.com, *@example.com, *@*.example.com or <>",
     ADDRESS_PATTERN: "write it like shop@example.com",
+    OPTIONAL_ADDRESS_PATTERN: "write it like shop@example.com",
     LOGIN_PATTERN: "write it like shop@example.com",
     DOMAIN_PATTERN: "write it like example.com or *.example.com",
     SUBDOMAIN_PATTERN: "use lower-case letters, digits, hyphens and dots",
