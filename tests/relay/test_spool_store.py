@@ -207,6 +207,14 @@ async def test_a_full_database_refuses_and_keeps_nothing(tmp_path: Path, make_me
         await spool.remove((await ids(spool))[0])  # what is there can still be settled
 
 
+async def test_only_the_owner_can_read_the_queue(tmp_path: Path, make_message: Any) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(body=LARGE))
+        files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+        assert len(files) >= 4
+        assert {oct(path.stat().st_mode & 0o077) for path in files} == {"0o0"}
+
+
 async def test_only_one_process_has_the_queue(tmp_path: Path) -> None:
     async with opened(tmp_path):
         with pytest.raises(SpoolError, match="in use by another process"):

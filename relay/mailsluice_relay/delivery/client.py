@@ -16,7 +16,7 @@ import asyncio
 import base64
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -62,6 +62,9 @@ class Mail:
     ret: str | None = None
     envid: str | None = None
 
+
+SMALL: Final = 64 * 1024
+"""Octets of a text that goes in one write: a system call costs more than the copy."""
 
 _NOTIFY_WORDS: Final = ((Notify.SUCCESS, "SUCCESS"), (Notify.FAILURE, "FAILURE"), (Notify.DELAY, "DELAY"))
 
@@ -373,7 +376,10 @@ class Connection(asyncio.Protocol):
 
     async def _text(self, content: Content) -> None:
         """The text, no faster than the upstream reads it."""
-        for chunk in dot_stuffed(content.chunks()):
+        chunks: Iterable[bytes] = dot_stuffed(content.chunks())
+        if content.size <= SMALL:
+            chunks = (b"".join(chunks),)
+        for chunk in chunks:
             if self._lost is not None:
                 return
             self._write(chunk)

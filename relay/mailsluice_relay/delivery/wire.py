@@ -70,7 +70,10 @@ class ReplyParser:
 
 def _printable(text: bytes) -> str:
     """For people and logs: what an upstream says must not move a terminal's cursor or break a log line."""
-    return "".join(c if c.isprintable() else " " for c in text.decode("utf-8", "replace")).strip()
+    decoded = text.decode("utf-8", "replace")
+    if decoded.isprintable():
+        return decoded.strip()
+    return "".join(c if c.isprintable() else " " for c in decoded).strip()
 
 
 def _reply(code: int, lines: list[str]) -> Reply:

@@ -326,9 +326,18 @@ class Dispatcher:
 
     # --- one message --------------------------------------------------------------------------------------------------
     async def _see_through(self, item: Item, lane: Lane) -> None:
+        """One attempt for one message: deliver, then record what came of it."""
         is_over = True
         try:
-            await self._attempt(item)
+            entry = item.entry
+            try:
+                content = item.content or await self._spool.content(entry.queue_id)
+                results = {} if content is None else await self._upstreams.deliver(entry, content)
+            finally:
+                lane.delivered()
+                self._start(lane)
+            if content is not None:  # None: removed, or just quarantined
+                await self._conclude(entry, content, results)
         except SpoolError as error:  # it is still due, and found again
             log.error("message_unreadable", queue_id=item.entry.queue_id, error=str(error))  # noqa: TRY400 - the disk's state, not a fault to trace
         except Exception:
@@ -337,17 +346,12 @@ class Dispatcher:
             log.exception("message_stuck", queue_id=item.entry.queue_id)
             is_over = False
         finally:
-            lane.running -= 1
+            lane.recorded()
             if is_over:
                 self._release(item)
             self._start(lane)
 
-    async def _attempt(self, item: Item) -> None:
-        entry = item.entry
-        content = item.content or await self._spool.content(entry.queue_id)
-        if content is None:  # removed, or just quarantined
-            return
-        results = await self._upstreams.deliver(entry, content)
+    async def _conclude(self, entry: Entry, content: Content, results: Mapping[int, Result]) -> None:
         now = self._clocks.now()
         conclusion = conclude(entry, results, self._queue, now=now, random=self._clocks.random)
         notices = self._notices(entry, content, conclusion, now)
@@ -418,7 +422,9 @@ class Dispatcher:
             outcome = result.outcome
             if isinstance(outcome, Delivered) and result.upstream is not None:
                 self._metrics.delivery_seconds.labels(result.upstream).observe(now - entry.received_at)
-            log.info(
+            # Nobody could be tried: 100,000 messages that wait for an upstream to come back would fill the log.
+            write = log.info if result.upstream is not None else log.debug
+            write(
                 _EVENTS[conclusion.recipients[position].standing],
                 queue_id=entry.queue_id,
                 login=entry.login,

@@ -37,6 +37,9 @@ class Lane:
     slots: int
     """Messages under way at once: the upstream's connections."""
     running: int = 0
+    recording: int = 0
+    """Messages that are through, and whose outcome is being written: the next ones need not wait for the disk. Bounded,
+    as these are the ones that would be sent twice if the process were killed now."""
     waiting: FairQueue[Item] = field(default_factory=FairQueue)
 
     def has_room(self, login: str) -> bool:
@@ -52,10 +55,17 @@ class Lane:
 
     def next(self) -> Item | None:
         """What to send now; None when nothing waits or all slots are taken. Counts it as running."""
-        while self.running < self.slots and self.waiting:
+        while self.running < self.slots and self.recording < self.slots and self.waiting:
             item = self.waiting.pop()
             if not item.withdrawn:
                 self.running += 1
                 item.is_running = True
                 return item
         return None
+
+    def delivered(self) -> None:
+        self.running -= 1
+        self.recording += 1
+
+    def recorded(self) -> None:
+        self.recording -= 1

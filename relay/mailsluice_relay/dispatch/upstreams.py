@@ -49,6 +49,10 @@ class Upstreams:
         """Raises ConfigurationError; nothing has changed then."""
         if configuration.queue.mode is QueueMode.PASS_THROUGH:
             raise ConfigurationError("queue.mode: PassThrough is not in this release; use Persistent")
+        names = [upstream.name for upstream in configuration.upstreams]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ConfigurationError(f"upstreams[{index}].name: there is another upstream {name}; names are unique")
         return {
             upstream.name: target_of(index, upstream, credentials, hostname=configuration.hostname)
             for index, upstream in enumerate(configuration.upstreams)

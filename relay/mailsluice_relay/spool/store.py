@@ -65,6 +65,8 @@ class Settlement:
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """A connection with our settings. It is used by one thread, but not by the one that opened it."""
+    if not read_only:
+        path.touch(mode=0o600)  # mail is private; the WAL takes the rights of its database
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
     connection.execute("PRAGMA busy_timeout = 10000")
     if read_only:

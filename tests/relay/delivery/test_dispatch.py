@@ -293,7 +293,7 @@ async def test_a_wrong_password_defers_mail_and_bounces_nothing(
     start: Any, make_upstream: Any, message: Any, until: Any, tmp_path: Path
 ) -> None:
     """Found out before there is any mail; when the password is right, what waited goes."""
-    server = await make_upstream(password="right")
+    server = await make_upstream(password="right", answers={"AUTH": ["535 5.7.8 wrong-secret is wrong"]})
     upstream = upstream_of(server, credentials="login", allow_plaintext_authentication=True)
     configuration = configured(upstream)
     wrong, right = ({"login.username": b"user", "login.password": value} for value in (b"wrong-secret", b"right"))
@@ -301,6 +301,7 @@ async def test_a_wrong_password_defers_mail_and_bounces_nothing(
         await until(lambda: not relay.dispatcher.upstream_states()["up"].up)
         state = relay.dispatcher.upstream_states()["up"]
         assert state.failure == "authentication"
+        assert state.last_error == "AUTH: 535 5.7.8 *** is wrong"  # whatever the upstream repeats of it
         await relay.dispatcher.submit(message())
         await until(lambda: relay.dispatcher.counts().deferred == 1)
         assert server.received == []
@@ -564,6 +565,7 @@ def test_what_this_release_does_not_do_is_refused_by_name(tmp_path: Path, clock:
         (configured(good, config.Upstream(name="mx", type=config.UpstreamType.DIRECT_TO_MX)), r"upstreams\[1\]\.type"),
         (configured(good, queue=config.Queue(mode=config.QueueMode.PASS_THROUGH)), r"queue\.mode"),
         (configured(config.Upstream(name="a")), r"upstreams\[0\]\.host"),
+        (configured(good, good), r"upstreams\[1\]\.name"),
         (configured(config.Upstream(name="a", host="a", credentials="c")), r"c\.username is missing"),
         (configured(config.Upstream(name="a", host="a", ca="ca.crt")), r"ca\.crt is missing"),
     ]
