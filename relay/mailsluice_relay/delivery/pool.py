@@ -111,6 +111,8 @@ class Pool:
     @property
     def why_not(self) -> str:
         """Why it is not available, for people."""
+        if self._closed:
+            return f"upstream {self.target.name} has just been given another configuration"
         if not self._breaker.is_up:
             return f"upstream {self.target.name} is down: {self._breaker.last_error}"
         if self._pace.used_up_until(self._clocks.now()) is not None:

@@ -45,9 +45,13 @@ def candidates(upstreams: Sequence[Upstream], sender: Mailbox | None, recipient:
 
 
 def choose(
-    ordered: Sequence[Upstream], *, available: Callable[[Upstream], bool], random: Callable[[], float]
+    ordered: Sequence[Upstream],
+    *,
+    available: Callable[[Upstream], bool],
+    random: Callable[[], float],
+    preferred: str | None = None,
 ) -> Upstream | None:
-    """The best available one; among equals by weight. None: none of them can take mail now."""
+    """The best available one; among equals the preferred, else by weight. None: none of them can take mail now."""
     usable = [upstream for upstream in ordered if available(upstream)]
     if not usable:
         return None
@@ -55,6 +59,9 @@ def choose(
     equals = [upstream for upstream in usable if _rank(upstream) == _rank(best)]
     if len(equals) == 1:
         return best
+    for upstream in equals:
+        if upstream.name == preferred:
+            return upstream
     at = random() * sum(upstream.weight for upstream in equals)
     for upstream in equals:
         at -= upstream.weight

@@ -246,7 +246,7 @@ class Dispatcher:
         if not lane.has_room(entry.login or ""):
             self._behind = True
             return False
-        item = Item(entry)
+        item = Item(entry, name)
         if content is not None:
             octets = content.size if isinstance(content.body, MemoryBody) else len(content.header)
             if self._content_octets + octets <= CONTENT_MEMORY:
@@ -332,7 +332,7 @@ class Dispatcher:
             entry = item.entry
             try:
                 content = item.content or await self._spool.content(entry.queue_id)
-                results = {} if content is None else await self._upstreams.deliver(entry, content)
+                results = {} if content is None else await self._upstreams.deliver(entry, content, preferred=item.lane)
             finally:
                 lane.delivered()
                 self._start(lane)

@@ -24,6 +24,7 @@ class Item:
     """A message that is due. `content` is there when it was just taken and memory allowed, else it is in the store."""
 
     entry: Entry
+    lane: str
     content: Content | None = None
     octets: int = 0
     """Of memory that the content takes."""

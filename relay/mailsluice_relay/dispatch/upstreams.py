@@ -133,15 +133,18 @@ class Upstreams:
     def _is_available(self, upstream: Upstream) -> bool:
         return self._pools[upstream.name].is_available
 
-    async def deliver(self, entry: Entry, content: Content) -> dict[int, Result]:
-        """Try every pending recipient, at another upstream where one has a problem; a result for each of them."""
+    async def deliver(self, entry: Entry, content: Content, *, preferred: str) -> dict[int, Result]:
+        """Try every pending recipient, at another upstream where one has a problem; a result for each of them.
+
+        `preferred` is the lane that the message comes from: among equal upstreams all its recipients stay together.
+        """
         results: dict[int, Result] = {}
         tried: defaultdict[int, set[str]] = defaultdict(set)
         todo: Sequence[int] = entry.pending
         while todo:
             groups: dict[str, list[int]] = {}
             for position in todo:
-                name = self._next_upstream(entry, position, tried[position])
+                name = self._next_upstream(entry, position, tried[position], preferred)
                 if isinstance(name, Result):
                     results.setdefault(position, name)
                 else:
@@ -153,10 +156,10 @@ class Upstreams:
                     todo += await self._transaction(name, entry, content, part, results, tried)
         return results
 
-    def _next_upstream(self, entry: Entry, position: int, tried: set[str]) -> str | Result:
+    def _next_upstream(self, entry: Entry, position: int, tried: set[str], preferred: str) -> str | Result:
         ordered = candidates(self._ordered, entry.envelope.sender, entry.envelope.recipients[position].mailbox)
         untried = [upstream for upstream in ordered if upstream.name not in tried]
-        chosen = choose(untried, available=self._is_available, random=self._clocks.random)
+        chosen = choose(untried, available=self._is_available, random=self._clocks.random, preferred=preferred)
         if chosen is not None:
             return chosen.name
         if not ordered:

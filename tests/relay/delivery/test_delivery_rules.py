@@ -201,6 +201,11 @@ def test_weights_divide_equals_and_those_down_are_passed_over() -> None:
     counted = Counter(chosen() for _ in range(4000))
     assert counted["c"] == 0
     assert 2.6 < counted["a"] / counted["b"] < 3.4
+    kept = [choose(upstreams, available=lambda _: True, random=chance.random, preferred="b") for _ in range(9)]
+    assert {upstream.name for upstream in kept if upstream is not None} == {"b"}
+    passed_over = choose(upstreams, available=lambda _: True, random=chance.random, preferred="c")
+    assert passed_over is not None
+    assert passed_over.name != "c"
     assert chosen(down="a") == "b"
     assert chosen(down="ab") == "c"
     assert chosen(down="abc") == "nobody"

@@ -14,12 +14,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiosmtpd.controller import Controller
 
 from mailsluice_relay import config
 from mailsluice_relay.delivery.client import Timeouts
 from mailsluice_relay.dispatch import Dispatcher
 from mailsluice_relay.envelope import Mailbox, Notify, Recipient
 from mailsluice_relay.metrics import Metrics
+from mailsluice_relay.spool.errors import SpoolFull
+from mailsluice_relay.spool.spool import Spool
+from mailsluice_relay.spool.store import Settlement
 
 SHORT = Timeouts(connect=2, greeting=1, command=1, data=1, block=1, end_of_data=1, quit=0.5)
 QUICK = config.Queue(retry=config.Retry(initial=0.05, maximum=0.1))
@@ -205,6 +209,43 @@ async def test_submitting_goes_on_when_the_session_is_cancelled(
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: len(server.received) == 1)
+
+
+async def test_a_server_of_other_peoples_making_takes_the_mail(start: Any, message: Any, until: Any) -> None:
+    """aiosmtpd stands for strict servers: no DSN, its own order of checks."""
+    taken: list[bytes] = []
+
+    class Handler:
+        async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+            taken.append(envelope.original_content)
+            return "250 OK"
+
+    controller = Controller(Handler(), hostname="127.0.0.1", port=0)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(controller.factory, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    upstream = config.Upstream(name="up", host="127.0.0.1", port=port, tls=config.UpstreamTLSMode.PLAIN)
+    async with start(configured(upstream)) as relay:
+        for body in (b".\r\n..\r\n", "é\r\n".encode(), b"x" * 500 + b"\r\n"):
+            await relay.dispatcher.submit(message(body=body))
+        await until(lambda: relay.is_empty)
+    server.close()
+    header = b"From: app@example.test\r\nSubject: hello\r\n\r\n"
+    expected = [b".\r\n..\r\n", "é\r\n".encode(), b"x" * 500 + b"\r\n"]
+    assert sorted(taken) == sorted(header + body for body in expected)
+
+
+async def test_recipients_stay_together_among_equal_upstreams(
+    start: Any, make_upstream: Any, message: Any, until: Any
+) -> None:
+    servers = [await make_upstream(), await make_upstream()]
+    upstreams = [upstream_of(server, f"up{number}") for number, server in enumerate(servers)]
+    async with start(configured(*upstreams)) as relay:
+        for _ in range(20):
+            await relay.dispatcher.submit(message(to=("a@x.test", "b@x.test", "c@x.test")))
+        await until(lambda: relay.is_empty)
+    assert [len(item.recipients) for server in servers for item in server.received] == [3] * 20
+    assert all(server.received for server in servers)
 
 
 # --- deferred ---
@@ -480,6 +521,60 @@ async def test_success_is_reported_by_whoever_is_last_to_know(
     if reports:
         _, _, (fields,) = report_of(server.received[1].text)
         assert (fields["Action"], fields["Status"]) == ("relayed", "2.0.0")
+
+
+# --- trouble of our own ---
+async def test_an_outcome_that_cannot_be_written_is_not_sent_again_but_written_later(
+    start: Any, make_upstream: Any, message: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await make_upstream()
+    monkeypatch.setattr("mailsluice_relay.dispatch.dispatcher.WRITE_AGAIN", (0.01, 0.02))
+    settle, failures = Spool.settle, 0
+
+    async def full_at_first(self: Spool, settlement: Settlement) -> None:
+        nonlocal failures
+        if failures < 5:
+            failures += 1
+            raise SpoolFull("no room for the write-ahead log")
+        await settle(self, settlement)
+
+    monkeypatch.setattr(Spool, "settle", full_at_first)
+    async with start(configured(upstream_of(server))) as relay:
+        await relay.dispatcher.submit(message())
+        await relay.dispatcher.flush()
+        await until(lambda: relay.is_empty)
+    assert failures == 5
+    assert len(server.received) == 1
+
+
+async def test_a_fault_of_ours_after_delivery_does_not_send_the_mail_over_and_over(
+    start: Any, make_upstream: Any, message: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await make_upstream()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("mailsluice_relay.dispatch.dispatcher.conclude", broken)
+    monkeypatch.setattr("mailsluice_relay.dispatch.dispatcher.GLANCE", 0.01)
+    async with start(configured(upstream_of(server))) as relay:
+        await relay.dispatcher.submit(message())
+        await until(lambda: server.received)
+        await relay.dispatcher.flush()
+        await relay.dispatcher.submit(message(to=("other@x.test",)))  # what comes after it goes on
+        await until(lambda: len(server.received) == 2)
+        looks = 0
+        fetch = relay.dispatcher._fetch
+
+        async def counted(cursor: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return await fetch(cursor)
+
+        monkeypatch.setattr(relay.dispatcher, "_fetch", counted)
+        await until(lambda: looks >= 5)
+        assert len(server.received) == 2
+        assert relay.dispatcher.counts().active == 2
 
 
 # --- queue control ---
