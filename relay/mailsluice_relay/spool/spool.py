@@ -101,7 +101,11 @@ class Spool:
         return not any(self.number(state) for state in (State.ACTIVE, State.DEFERRED, State.HELD))
 
     def has_room(self, octets: int = 0) -> bool:
-        """Whether a message of that size may be taken: by the quota, and by the disk less its reserve."""
+        """Whether a message of that size may be taken: by the quota, and by the disk less its reserve.
+
+        What has just been committed counts twice until its `put` returns: near the limit that refuses a moment early,
+        never late.
+        """
         if sum(self._store.messages.values()) + self._reserved_messages >= self.quota.maximum_messages:
             return False
         wanted = octets + self._reserved_octets
