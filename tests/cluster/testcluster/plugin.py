@@ -283,11 +283,11 @@ def node_cluster(pytestconfig: pytest.Config) -> Iterator[NodeCluster]:
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., Any]:
-    """`eventually(probe, seconds=10)`: what `probe()` returns once it is true; a failing assert in it means not yet."""
+    """`eventually(probe, seconds=30)`: what `probe()` returns once it is true; a failing assert in it means not yet."""
     return wait_until
 
 
-def wait_until(probe: Callable[[], Result], seconds: float = 10, *, every: float = 0.1) -> Result:
+def wait_until(probe: Callable[[], Result], seconds: float = 30, *, every: float = 0.1) -> Result:
     deadline = time.monotonic() + seconds
     while True:
         try:
