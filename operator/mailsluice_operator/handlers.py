@@ -6,7 +6,7 @@ be lost, so nothing in this file can fail for a reason outside this process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, Final
 
 import kopf
@@ -85,14 +85,24 @@ class Intake:
         if changed:
             self._concern(where, before, None if gone else body)
 
-    def listing(self, kind: Kind, items: list[Object], listed_at: int) -> None:
-        """A whole listing, of which only what the watches have not told yet concerns anyone."""
-        before = {reference_of(body, kind): body for body in self._context.store.all(kind)}
-        for where in self._context.store.replace(kind, items, listed_at):
-            after = self._context.store.get(where)
-            if after is not None:
-                self._overdue[where] = resource_version(after), self._monotonic()
-            self._concern(where, before.get(where), after)
+    def page(self, kind: Kind, items: list[Object]) -> set[Reference]:
+        """A page of a listing; only what the watches have not told yet concerns anyone. Returns what was on it."""
+        listed: set[Reference] = set()
+        for body in items:
+            where = reference_of(body, kind)
+            listed.add(where)
+            before = self._context.store.get(where)
+            if self._context.store.put(kind, body):
+                self._overdue[where] = resource_version(body), self._monotonic()
+                self._concern(where, before, body)
+        return listed
+
+    def listed(self, kind: Kind, listed: Set[Reference], listed_at: int) -> None:
+        """The end of a listing: what is known but was not on it is gone."""
+        for where in self._context.store.unlisted(kind, listed, listed_at):
+            before = self._context.store.get(where)
+            self._context.store.discard(where)
+            self._concern(where, before, None)
 
     def silent_watch(self) -> str | None:
         """Which watch keeps to itself what the API server has told us otherwise; None while all speak.
@@ -215,7 +225,10 @@ def settings(kinds: list[Kind]) -> kopf.OperatorSettings:
     # A stream that a load balancer has silently dropped is noticed (kopf#585, #957); the server ends it in any case.
     made.watching.inactivity_timeout = 70.0
     made.watching.server_timeout = 600  # an integer: the API server parses it as one
-    made.watching.chunk_size = 500
+    made.watching.chunk_size = 100  # the last page of a listing stays in memory for as long as Kopf watches
+    # Kopf keeps a task, with the object, for each object that it hears of; a moment later nothing of it is needed. With
+    # Kopf's 5 s a start over 300 relays took 155 MB, with this 113 (82 without any).
+    made.queueing.idle_timeout = 0.1
     made.networking.request_timeout = 60.0
     made.networking.enforce_retry_after = True
     made.process.ultimate_exiting_timeout = EXIT_TIMEOUT

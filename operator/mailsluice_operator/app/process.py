@@ -33,7 +33,7 @@ from mailsluice_operator.cluster.client import (
     connect,
     credentials_of,
 )
-from mailsluice_operator.cluster.objects import Kind
+from mailsluice_operator.cluster.objects import Kind, Reference
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.handlers import Intake
 from mailsluice_operator.reconcile.context import Context, Key, Probe
@@ -185,21 +185,21 @@ class Operator:
     async def _list(self, cluster: Cluster, kind: Kind, *, wait: bool = False) -> None:
         """Take in a listing of a kind. `wait` for the CustomResourceDefinitions, which may be installed after us."""
         scopes: tuple[str | None, ...] = self._options.namespaces or (None,)
+        listed: set[Reference] = set()
+        versions: list[int] = []
         while True:
-            items: list[dict[str, Any]] = []
-            listed_at = 0
             try:
                 for namespace in scopes:
-                    found, at = await cluster.listing(kind, namespace, handlers.selectors()[kind])
-                    items += found
-                    listed_at = min(listed_at or at, at)
+                    async for items, version in cluster.pages(kind, namespace, handlers.selectors()[kind]):
+                        listed |= self.intake.page(kind, items)
+                        versions.append(version)
             except NotFoundError as error:
                 if not wait:
                     raise
                 log.warning("%s; install the CustomResourceDefinitions (kubectl apply -k crds)", error)
                 await asyncio.sleep(CRD_RETRY)
                 continue
-            self.intake.listing(kind, items, listed_at)
+            self.intake.listed(kind, listed, min(versions))
             return
 
     async def _watch(self, api: ApiClient, started: asyncio.Event, stop: asyncio.Event) -> None:

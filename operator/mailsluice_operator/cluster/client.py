@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -25,7 +25,8 @@ ATTEMPTS: Final = 4
 FIRST_RETRY: Final = 0.25
 LONGEST_RETRY: Final = 5.0
 REQUEST_TIMEOUT: Final = 30.0
-PAGE_SIZE: Final = 500
+PAGE_SIZE: Final = 100
+"""Objects a request: what is read at once is what memory grows by, and it never shrinks again."""
 
 APPLY: Final = "application/apply-patch+yaml"
 MERGE: Final = "application/merge-patch+json"
@@ -138,11 +139,10 @@ class Cluster:
         except NotFoundError:
             return None
 
-    async def listing(
+    async def pages(
         self, kind: Kind, namespace: str | None = None, label_selector: str | None = None
-    ) -> tuple[list[Object], int]:
-        """All objects of a kind, and the resourceVersion at which they were so."""
-        items: list[Object] = []
+    ) -> AsyncIterator[tuple[list[Object], int]]:
+        """All objects of a kind, a page at a time, with the resourceVersion at which they were so."""
         following: str | None = None
         while True:
             query: dict[str, str] = {"limit": str(PAGE_SIZE)}
@@ -152,10 +152,11 @@ class Cluster:
                 query["continue"] = following
             page = await self._request("list", kind.plural, kind.path(namespace), query=query)
             # Items of a list come without what the list says once.
-            items += [{"apiVersion": kind.api_version, "kind": kind.name, **item} for item in page.get("items") or ()]
+            items = [{"apiVersion": kind.api_version, "kind": kind.name, **item} for item in page.get("items") or ()]
+            yield items, int(page["metadata"]["resourceVersion"])
             following = page["metadata"].get("continue")
             if not following:
-                return items, int(page["metadata"]["resourceVersion"])
+                return
 
     async def apply(self, body: Object) -> Object:
         """Server-side apply. A controller forces: its fields are its own, and what others set beside them stays."""

@@ -94,7 +94,7 @@ async def _ensure_secret(context: Context, user: SmtpUser, relay: SmtpRelay, rel
     body = context.store.get(key_of(user))
     if body is not None:  # a Secret of a former secretName
         await delete_unwanted(context, body, [wanted])
-    if after is not before:
+    if before is None or after["metadata"]["resourceVersion"] != before["metadata"]["resourceVersion"]:
         context.enqueue(relay_key, 0.0)
     return None
 
