@@ -1,4 +1,4 @@
-"""The tables in docs/ say what the code says: metrics, conditions, what is not there yet, dependencies."""
+"""The tables in docs/ say what the code says, and the manifests in README.md are valid."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mailsluice_operator.children.metadata import RELAY_LABEL
 from mailsluice_operator.cluster.objects import SMTP_RELAY
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.resource import not_yet as not_yet_module
+from mailsluice_operator.resource.files import Severity, check_files
 from mailsluice_operator.resource.models import relay_from, user_from
 from mailsluice_operator.resource.not_yet import NotYet, left_out, not_yet
 from mailsluice_operator.resource.presets import PRESETS
@@ -184,3 +185,15 @@ def test_every_direct_dependency_has_a_row() -> None:
         name for row in rows((DOCS / "dependencies.md").read_text()) for name in re.findall(r"`([\w.-]+)`", row[1])
     }
     assert names - chosen == set()
+
+
+# --- README.md --------------------------------------------------------------------------------------------------------
+
+
+def test_every_manifest_in_the_readme_is_valid(tmp_path: Path) -> None:
+    manifests = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
+    assert len(manifests) > 1
+    for number, manifest in enumerate(manifests):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(manifest)
+        assert [str(found) for found in check_files([file]) if found.severity is Severity.ERROR] == []
