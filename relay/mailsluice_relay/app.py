@@ -1,7 +1,7 @@
 """The composition root: makes the parts, starts them in order, hands them each new configuration, stops them in order.
 
-Stopping (SIGTERM, SIGINT) is graceful: no new connections, 421 to idle sessions, running transactions finish, what can be
-delivered within the grace period is delivered, and the rest stays on disk.
+Stopping (SIGTERM, SIGINT) is graceful: no new connections, 421 to idle sessions, running transactions finish, what can
+be delivered within the grace period is delivered, and the rest stays on disk.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ def configure_logging(configuration: Configuration) -> None:
 def serve(options: Options) -> None:
     """Run a relay until it is told to stop. Raises ConfigurationError when it cannot start."""
     loaded = reload.load(options.config_directory)
+    options.data_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     configure_logging(loaded.configuration)
 
     async def main() -> None:

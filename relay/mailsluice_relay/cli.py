@@ -16,6 +16,7 @@ import typer
 
 from mailsluice_relay import app
 from mailsluice_relay.config import ConfigurationError
+from mailsluice_relay.spool.errors import SpoolError
 
 DEFAULT_DATA = Path("/var/lib/mailsluice")
 main = typer.Typer(
@@ -61,7 +62,7 @@ def serve(
                 grace=grace,
             )
         )
-    except ConfigurationError as error:
+    except (ConfigurationError, SpoolError) as error:
         raise SystemExit(f"mailsluice-relay: {error}") from error
     except OSError as error:
         raise SystemExit(f"mailsluice-relay: cannot start: {error}") from error

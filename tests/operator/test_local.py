@@ -137,8 +137,10 @@ def running(resources: Path, data: Path) -> Iterator[Running]:
     ready_file.unlink(missing_ok=True)
     ports = [text for name in ("smtp", "submissions", "submission") for text in ("--port", f"{name}=0")]
     process = subprocess.Popen(
-        [MAILSLUICE, "run", "-f", str(resources), "--data-dir", str(data), "--http-port", "0", *ports]
-        + ["--ready-file", str(ready_file)],
+        [
+            *(MAILSLUICE, "run", "-f", str(resources), "--data-dir", str(data), "--http-port", "0"),
+            *(*ports, "--ready-file", str(ready_file)),
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )
