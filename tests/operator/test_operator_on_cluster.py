@@ -553,3 +553,4 @@ def test_a_restart_over_settled_relays_writes_nothing_and_a_role_is_enough(
         assert {code for (_, code), count in process.requests().items() if count} <= {"200", "404"}
         assert process.value("mailsluice_operator_relays") == 1
         assert process.stop() == 0
+

@@ -215,6 +215,8 @@ class RelayReconciler:
 
     async def _build(self, key: Key, relay: SmtpRelay, step: desired.Step) -> _Built | Fact:
         """The configuration and the certificates; or why there can be none, which names object and field."""
+        if self._context.namespaced and (beyond := _needs_cluster_scope(relay)) is not None:
+            return beyond
         read: dict[str, configuration.Secret] = {}
         for use in secret_uses(relay):
             found = await secrets.read(self._context, Reference(SECRET, key.namespace, use.name))
@@ -468,6 +470,18 @@ def _wanted_replicas(relay: SmtpRelay) -> int:
         return relay.spec.replicas if relay.spec.replicas is not None else 1
     asked = relay.spec.replicas if relay.spec.replicas is not None else scaling.min_replicas
     return max(scaling.min_replicas, min(asked, scaling.max_replicas))
+
+
+def _needs_cluster_scope(relay: SmtpRelay) -> Fact | None:
+    """What an operator with a Role cannot give: it reads neither Namespaces nor other namespaces' SmtpUsers."""
+    users = relay.spec.authentication.smtp_users
+    if users is not None and users.allowed_namespaces.from_ != "Same":
+        return Fact(
+            "ClusterScopeRequired",
+            f"spec.authentication.smtpUsers.allowedNamespaces.from: {users.allowed_namespaces.from_} needs an operator "
+            "that watches the whole cluster; use Same, or start the operator without --namespace.",
+        )
+    return None
 
 
 def _moment(text: str) -> datetime.datetime:

@@ -124,7 +124,7 @@ async def _report(
         unready=unready,
         suspended=user is not None
         and relay is not None
-        and user.spec.login in relay.spec.authentication.suspended_logins,
+        and user.spec.login.casefold() in (login.casefold() for login in relay.spec.authentication.suspended_logins),
         now=context.now(),
     )
     if refused is not None:

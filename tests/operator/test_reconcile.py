@@ -1,0 +1,284 @@
+"""The rules of the reconcile that need a clock of their own: renewal, deadlines, waiting.
+
+Everything else is proven on a real API server (test_operator_on_cluster). The one here keeps objects and counts writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+from typing import Any, cast
+
+import pytest
+
+from mailsluice_operator.children.secrets import decoded
+from mailsluice_operator.children.workload import PodSettings
+from mailsluice_operator.cluster.client import Cluster
+from mailsluice_operator.cluster.objects import (
+    POD,
+    SECRET,
+    SERVICE,
+    SMTP_RELAY,
+    STATEFUL_SET,
+    Kind,
+    Object,
+    Reference,
+    kind_of,
+    reference_of,
+)
+from mailsluice_operator.cluster.store import Store
+from mailsluice_operator.reconcile.context import Context, PodReport
+from mailsluice_operator.reconcile.index import Index
+from mailsluice_operator.reconcile.reconciler import Reconciler
+from mailsluice_relay.config import decode
+
+START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+OUT = Reference(SMTP_RELAY, "mail", "out")
+
+
+class KeptObjects:
+    """As much of an API server as the reconcile asks for, without its rules."""
+
+    def __init__(self) -> None:
+        self.objects: dict[Reference, Object] = {}
+        self.events: list[str] = []
+        self.writes = 0
+        self._version = 0
+
+    def keep(self, body: Object) -> Object:
+        where = reference_of(body)
+        self._version += 1
+        kept = {**self.objects.get(where, {}), **copy.deepcopy(body)}
+        kept["metadata"] = {
+            "uid": str(where),
+            "generation": 1,
+            **self.objects.get(where, {}).get("metadata", {}),
+            **body["metadata"],
+            "resourceVersion": str(self._version),
+        }
+        self.objects[where] = kept
+        return kept
+
+    async def get(self, where: Reference) -> Object | None:
+        return self.objects.get(where)
+
+    async def apply(self, body: Object) -> Object:
+        self.writes += 1
+        return self.keep(body)
+
+    apply_status = apply
+
+    async def annotate(self, where: Reference, annotations: dict[str, str]) -> Object:
+        body = self.objects[where]
+        body["metadata"].setdefault("annotations", {}).update(annotations)
+        return await self.apply(body)
+
+    async def set_finalizers(self, body: Object, finalizers: list[str]) -> Object:
+        return await self.apply({**body, "metadata": {**body["metadata"], "finalizers": finalizers}})
+
+    async def delete(self, where: Reference, uid: str) -> None:
+        self.writes += 1
+        assert self.objects.pop(where)["metadata"]["uid"] == uid
+
+    async def post_event(self, about: Object, *, kind: str, reason: str, message: str, at: str) -> None:
+        self.events.append(reason)
+
+
+@dataclasses.dataclass
+class World:
+    api: KeptObjects
+    context: Context
+    reconciler: Reconciler
+    seconds: float = 0.0
+    reports: dict[str, PodReport] = dataclasses.field(default_factory=dict)
+
+    def tell(self, body: Object) -> None:
+        """Somebody wrote an object, and the watch told of it."""
+        self.context.store.put(kind_of(body), self.api.keep(body))
+
+    async def reconcile(self) -> float | None:
+        return await self.reconciler(OUT)
+
+    def found(self, kind: Kind, name: str) -> Object:
+        return self.api.objects[Reference(kind, "mail", name)]
+
+    def condition(self, kind: str) -> tuple[str, str]:
+        conditions = self.found(SMTP_RELAY, "out")["status"]["conditions"]
+        return next((item["status"], item["reason"]) for item in conditions if item["type"] == kind)
+
+
+def new_world(*, namespaced: bool = False) -> World:
+    api = KeptObjects()
+
+    async def probe(address: str) -> PodReport | None:
+        return world.reports.get(address)
+
+    context = Context(
+        cluster=cast(Cluster, api),
+        store=Store("mailsluice.dev/relay"),
+        index=Index(),
+        settings=PodSettings("relay:1"),
+        now=lambda: START + datetime.timedelta(seconds=world.seconds),
+        monotonic=lambda: world.seconds,
+        randomness=bytes,
+        probe=probe,
+        enqueue=lambda _key, _delay: None,
+        namespaced=namespaced,
+    )
+    world = World(api, context, Reconciler(context))
+    return world
+
+
+@pytest.fixture
+def world() -> World:
+    return new_world()
+
+
+def relay(**spec: Any) -> Object:
+    upstreams = [{"name": "p", "host": "smtp.provider.test", "credentialsSecretRef": {"name": "provider"}}]
+    return {
+        "apiVersion": "mailsluice.dev/v1alpha1",
+        "kind": "SmtpRelay",
+        "metadata": {"name": "out", "namespace": "mail"},
+        "spec": {"upstreams": upstreams, **spec},
+    }
+
+
+def provider(encoded: str = "cGFzcw==") -> Object:
+    metadata = {"name": "provider", "namespace": "mail", "labels": {"mailsluice.dev/watch": "true"}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": metadata,
+        "data": {"username": "YQ==", "password": password},
+    }
+
+
+def running_pod(ordinal: int = 0) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": f"out-{ordinal}", "namespace": "mail", "labels": {"mailsluice.dev/relay": "out"}},
+        "status": {"phase": "Running", "podIP": f"pod-{ordinal}", "conditions": [{"type": "Ready", "status": "True"}]},
+    }
+
+
+async def settle(world: World) -> None:
+    world.tell(provider())
+    world.tell(relay())
+    await world.reconcile()
+    await world.reconcile()
+
+
+async def test_a_second_reconcile_writes_nothing(world: World) -> None:
+    await settle(world)
+    before = world.api.writes
+    assert before > 0
+    await world.reconcile()
+    assert world.api.writes == before
+
+
+async def test_the_server_certificate_is_renewed_in_time_without_a_new_pod(world: World) -> None:
+    await settle(world)
+    before = decoded(world.found(SECRET, "out-credentials"))
+    template = world.found(STATEFUL_SET, "out")["spec"]["template"]
+    revision = decode(decoded(world.found(SECRET, "out-config"))["config.json.gz"]).revision
+    world.seconds = 59 * 86400
+    await world.reconcile()
+    assert decoded(world.found(SECRET, "out-credentials")) == before
+    world.seconds = 61 * 86400
+    await world.reconcile()
+    after = decoded(world.found(SECRET, "out-credentials"))
+    assert after["tls.crt"] != before["tls.crt"]
+    assert after["ca.crt"] == before["ca.crt"]
+    assert decode(decoded(world.found(SECRET, "out-config"))["config.json.gz"]).revision != revision
+    assert world.found(STATEFUL_SET, "out")["spec"]["template"] == template
+
+
+async def test_a_missing_secret_is_looked_for_less_and_less_often(world: World) -> None:
+    world.tell(relay())
+    assert [await world.reconcile() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert world.condition("ConfigurationValid") == ("False", "SecretNotFound")
+    assert world.api.events == ["SecretNotFound"]
+    world.tell(provider())
+    await world.reconcile()
+    assert world.condition("ConfigurationValid") == ("True", "Valid")
+
+
+async def test_a_broken_secret_changes_nothing_and_the_last_good_children_are_kept(world: World) -> None:
+    await settle(world)
+    configuration = world.found(SECRET, "out-config")["data"]
+    world.tell(provider(encoded=""))
+    await world.reconcile()
+    assert world.condition("ConfigurationValid") == ("False", "SecretInvalid")
+    service = Reference(SERVICE, "mail", "out")
+    del world.api.objects[service]
+    world.context.store.discard(service)
+    await world.reconcile()
+    assert service in world.api.objects
+    assert world.found(SECRET, "out-config")["data"] == configuration
+
+
+async def test_mail_left_after_the_deadline_is_told_and_the_relay_stays(world: World) -> None:
+    await settle(world)
+    world.tell(running_pod())
+    world.reports["pod-0"] = PodReport("", draining=False, queued=4)
+    await world.reconcile()
+    body = world.found(SMTP_RELAY, "out")
+    assert body["metadata"]["finalizers"] == ["mailsluice.dev/drain"]
+    world.tell({**body, "metadata": {**body["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}})
+    world.reports["pod-0"] = PodReport("r", draining=True, queued=4)
+    world.seconds = 60
+    await world.reconcile()
+    assert world.api.events == []
+    assert world.condition("Ready") == ("False", "Draining")
+    world.seconds = 601  # drainFor is 10m by default
+    for _ in range(3):
+        await world.reconcile()
+    assert world.api.events == ["QueueNotDrained"]
+    assert world.found(SMTP_RELAY, "out")["metadata"]["finalizers"] == ["mailsluice.dev/drain"]
+    world.reports["pod-0"] = PodReport("r", draining=True, queued=0)
+    world.seconds = 610
+    await world.reconcile()
+    assert world.found(SMTP_RELAY, "out")["metadata"]["finalizers"] == []
+
+
+async def test_a_pod_is_asked_twice_a_minute_and_its_count_written_no_more_often(world: World) -> None:
+    await settle(world)
+    revision = decode(decoded(world.found(SECRET, "out-config"))["config.json.gz"]).revision
+    world.tell(running_pod())
+    world.reports["pod-0"] = PodReport(revision, draining=False, queued=1)
+    await world.reconcile()
+    world.reports["pod-0"] = PodReport(revision, draining=False, queued=2)
+    counts = []
+    for second in (10, 20, 31):
+        world.seconds = second
+        await world.reconcile()
+        counts.append(world.found(SMTP_RELAY, "out")["status"]["queuedMessages"])
+    assert counts == [1, 1, 2]
+
+
+async def test_a_running_pod_is_nudged_once_a_revision(world: World) -> None:
+    await settle(world)
+    world.tell(running_pod())
+    await world.reconcile()
+    first = world.found(POD, "out-0")["metadata"]["annotations"]["mailsluice.dev/revision"]
+    before = world.api.writes
+    await world.reconcile()
+    assert world.api.writes == before
+    world.tell(provider(encoded="b3RoZXI="))
+    await world.reconcile()
+    assert world.found(POD, "out-0")["metadata"]["annotations"]["mailsluice.dev/revision"] != first
+
+
+async def test_with_a_role_alone_other_namespaces_cannot_be_granted() -> None:
+    world = new_world(namespaced=True)
+    world.tell(provider())
+    grant = {"logins": ["*@a.test"], "allowedNamespaces": {"from": "All"}}
+    world.tell(relay(authentication={"smtpUsers": grant}))
+    await world.reconcile()
+    assert world.condition("ConfigurationValid") == ("False", "ClusterScopeRequired")
+    world.tell(relay(authentication={"smtpUsers": {**grant, "allowedNamespaces": {"from": "Same"}}}))
+    await world.reconcile()
+    assert world.condition("ConfigurationValid") == ("True", "Valid")
