@@ -83,9 +83,9 @@ class Administration:
             os.umask(mask)
 
     async def stop(self) -> None:
+        """Close both doors, as far as they are open."""
         for runner in self._runners:
             await runner.cleanup()
-        self._socket_path.unlink(missing_ok=True)
 
     async def _runner(self, application: web.Application) -> web.AppRunner:
         runner = web.AppRunner(application, access_log=None, keepalive_timeout=30, shutdown_timeout=1)

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,9 @@ from mailsluice_relay.listener import Listeners
 from mailsluice_relay.metrics import Metrics
 
 log = structlog.get_logger()
+
+MINIMUM_GRACE = 1.0
+"""Seconds that deliveries under way get, even when sessions have used up the grace period."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class Application:
         )
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
+        self._deadline: float | None = None
 
     async def run(self) -> None:
         """Serve until a signal says stop."""
@@ -107,13 +111,13 @@ class Application:
     @contextlib.asynccontextmanager
     async def _started(self) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            await self.administration.start()
-            stack.push_async_callback(self.administration.stop)
             stack.push_async_callback(self.admission.close)
-            await self.dispatcher.start()
-            stack.push_async_callback(self.dispatcher.stop, self.options.grace)
+            stack.push_async_callback(self.administration.stop)  # last: what is delivered at the end is seen, too
+            await self.dispatcher.start()  # first: it takes the lock on the data directory, which is one process's
+            stack.push_async_callback(self._stop_in_time, self.dispatcher.stop)
+            await self.administration.start()
             await self.listeners.start()
-            stack.push_async_callback(self.listeners.stop, self.options.grace)
+            stack.push_async_callback(self._stop_in_time, self.listeners.stop)
             self._in_force(self.configuration)
             self.health.listening = True
             self._write_ready_file()
@@ -121,6 +125,12 @@ class Application:
             yield
             log.info("relay.stopping", grace=self.options.grace)
         log.info("relay.stopped")
+
+    async def _stop_in_time(self, stop: Callable[[float], Awaitable[None]]) -> None:
+        """Stop a part within what is left of the grace period: sessions and deliveries share it."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.options.grace
+        await stop(max(self._deadline - time.monotonic(), MINIMUM_GRACE))
 
     async def _follow_configuration(self) -> None:
         async for found in reload.changes(self.options.config_directory, self._stop, self._reload):

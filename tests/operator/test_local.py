@@ -224,6 +224,23 @@ def test_a_broken_file_is_told_and_changes_nothing(tmp_path: Path) -> None:
             pass
 
 
+def test_a_second_run_leaves_the_first_alone(tmp_path: Path) -> None:
+    write_resources(tmp_path / "relay.yaml", free_port())
+    with running(tmp_path / "relay.yaml", tmp_path / "data") as relay:
+        second = subprocess.run(
+            [MAILSLUICE, "run", "-f", str(tmp_path / "relay.yaml"), "--data-dir", str(tmp_path / "data")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert second.returncode == 1
+        assert "is used by another run" in second.stderr
+        assert (tmp_path / "data" / "control.sock").exists()
+        with relay.client("submission"):
+            pass
+
+
 def test_sigterm_ends_it_with_success(tmp_path: Path) -> None:
     write_resources(tmp_path / "relay.yaml", free_port())
     with running(tmp_path / "relay.yaml", tmp_path / "data") as relay:

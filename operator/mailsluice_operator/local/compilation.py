@@ -59,6 +59,11 @@ def compiled(
     return Compiled(relay, directory, _with_ports(built.configuration, ports), built.files, tuple(warnings))
 
 
+def data_directory(files: Sequence[Path], name: str | None, given: Path | None) -> Path:
+    """Where the relay of the files keeps its queue; made if need be. Raises LocalError."""
+    return _directory(chosen(read(files), name), given)
+
+
 def render(files: Sequence[Path], name: str | None, image: str) -> list[Object]:
     """The objects that the operator would make of a relay. Values of Secrets are left out."""
     with tempfile.TemporaryDirectory(prefix="mailsluice-render-") as folder:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ from typing import Final
 import msgspec
 import watchfiles
 
-from mailsluice_operator.local.compilation import Compiled, compiled
+from mailsluice_operator.local.compilation import Compiled, compiled, data_directory
 from mailsluice_operator.local.documents import LocalError
 from mailsluice_operator.local.mount import write_atomically, write_mount
 from mailsluice_relay.config import ConfigurationError, encode
@@ -77,7 +78,14 @@ class LocalRelay:
     @contextlib.asynccontextmanager
     async def started(self) -> AsyncIterator[Started]:
         """The relay, from when every listener accepts until it has drained. Raises LocalError."""
-        directory = self.refresh().directory
+        directory = data_directory(self.files, self._name, self._data_directory)
+        with claimed(directory):
+            async with self._serving(directory) as started:
+                yield started
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, directory: Path) -> AsyncIterator[Started]:
+        self.refresh()
         ready_file = directory / "ready.json"
         ready_file.unlink(missing_ok=True)
         process = await asyncio.create_subprocess_exec(
@@ -200,6 +208,17 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         process.kill()  # the queue is on disk; the next run continues it
         await process.wait()
+
+
+@contextlib.contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Hold the data directory for this process. Raises LocalError when another one has it, and changes nothing."""
+    with (directory / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LocalError(f"{directory} is used by another run; stop that one or name another --data-dir") from error
+        yield
 
 
 def relay_program() -> str:
