@@ -293,3 +293,10 @@ def test_settings_of_the_operator_reach_the_pod() -> None:
     (container,) = workload.workload(relay(), OWNER, settings, 1, None)["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "relay:1"
     assert container["args"][5:9] == ["--bind", "192.0.2.1", "--bind", "::"]
+
+
+@pytest.mark.parametrize(("spec", "period", "grace"), [({}, 60, "50"), ({"terminationGracePeriodSeconds": 5}, 5, "1")])
+def test_the_relay_ends_before_the_kubelet_kills_it(spec: Object, period: int, grace: str) -> None:
+    found = pod(relay(podTemplate={"spec": spec}))
+    assert found["terminationGracePeriodSeconds"] == period
+    assert found["containers"][0]["args"][-2:] == ["--grace", grace]

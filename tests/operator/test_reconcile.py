@@ -151,7 +151,7 @@ def provider(encoded: str = "cGFzcw==") -> Object:
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": metadata,
-        "data": {"username": "YQ==", "password": password},
+        "data": {"username": "YQ==", "password": encoded},
     }
 
 

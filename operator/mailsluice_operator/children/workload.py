@@ -38,6 +38,8 @@ QUEUE_VOLUME: Final = "queue"
 CONTAINER: Final = "relay"
 GRACE_PERIOD: Final = 60
 """Seconds to finish transactions and deliver what goes."""
+KILL_RESERVE: Final = 10
+"""Seconds of the grace period that are left for closing the queue before the kubelet kills."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _pod_spec(relay: SmtpRelay, owner: Owner, settings: PodSettings, wishes: Pod
         "topologySpreadConstraints": [
             {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
         ],
-        "containers": [_container(relay, settings)],
+        "containers": [_container(relay, settings, wishes.termination_grace_period_seconds or GRACE_PERIOD)],
         "volumes": _volumes(relay, owner),
         **wanted,
     }
@@ -142,7 +144,7 @@ def _pod_spec(relay: SmtpRelay, owner: Owner, settings: PodSettings, wishes: Pod
     return spec
 
 
-def _container(relay: SmtpRelay, settings: PodSettings) -> Object:
+def _container(relay: SmtpRelay, settings: PodSettings, grace_period: int) -> Object:
     ports: list[Object] = [
         {"name": listener.name, "containerPort": bound_port(listener.port), "protocol": "TCP"}
         for listener in relay.spec.listeners
@@ -162,6 +164,8 @@ def _container(relay: SmtpRelay, settings: PodSettings) -> Object:
             *bind,
             "--http-port",
             str(HTTP_PORT),
+            "--grace",
+            str(max(grace_period - KILL_RESERVE, 1)),
         ],
         "ports": [*ports, {"name": HTTP_PORT_NAME, "containerPort": HTTP_PORT, "protocol": "TCP"}],
         # A start may have to recover a full queue first.
