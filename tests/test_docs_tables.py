@@ -97,7 +97,6 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
     """A relay and a user that say all there is to say to no effect. `placeholder` stands for names."""
     secret = {"name": "some-secret"}
     spec = {
-        "listeners": [{"name": "lb", "port": 587, "proxyProtocol": {"trustedNetworks": ["192.0.2.0/28"]}}],
         "tls": {"issuerRef": {"name": "issuer"}, "clientCASecretRef": secret},
         "authentication": {
             "clientCertificates": {},

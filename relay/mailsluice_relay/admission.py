@@ -115,7 +115,12 @@ class _Policy:
     def lets_in(self, client: Client) -> bool:
         """Whether the client may send without a login."""
         listener = self.listeners.get(client.listener)
-        return listener is not None and not listener.authentication_required and client.address in self.allowed_networks
+        return (
+            listener is not None
+            and not listener.authentication_required
+            and not client.is_balancer  # whoever it connects for, the address is not theirs
+            and client.address in self.allowed_networks
+        )
 
     def login_required(self, client: Client) -> Verdict:
         """What a client without login is told: first TLS, where AUTH is not offered without."""

@@ -82,6 +82,8 @@ class Client:
     tls: TLSState | None = None
     login: Login | None = None
     authentication_failures: int = 0
+    is_balancer: bool = False
+    """A load balancer that names no client: a health check. Its network lets nobody in."""
 
 
 @dataclass(slots=True)

@@ -10,9 +10,10 @@ import asyncio
 import ipaddress
 import itertools
 import os
+import socket
 import ssl
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from cryptography import x509
@@ -20,8 +21,9 @@ from cryptography import x509
 from mailsluice_relay import reply
 from mailsluice_relay.config import Configuration, ConfigurationError, Credentials, Listener, ListenerMode
 from mailsluice_relay.metrics import Metrics
+from mailsluice_relay.opening import Acceptor
 from mailsluice_relay.reply import Reply
-from mailsluice_relay.session import TLS_HANDSHAKE_TIMEOUT, Service, Session
+from mailsluice_relay.session import Service, Session
 
 if TYPE_CHECKING:
     from mailsluice_relay.admission import Admission
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 BACKLOG: Final = 1024
-TLS_SHUTDOWN_TIMEOUT: Final = 5.0
-"""Seconds that a client has to answer close_notify."""
+TOLD_AT_ONCE: Final = 64
+"""Sessions over the limits that may do a TLS handshake to be told so; further ones are just dropped."""
 
 _VERSIONS: Final = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -42,42 +44,50 @@ class Connections:
     def __init__(self, limit: int, limit_per_network: int) -> None:
         self.limit = limit
         self.limit_per_network = limit_per_network
-        self.sessions: set[Session] = set()
+        self.sessions: dict[Session, str] = {}
+        """With the network that each counts for; empty as long as that is not known."""
         self._networks: dict[str, int] = {}
+        self._told: set[Session] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
     def enter(self, session: Session) -> Reply | None:
-        network = network_of(session.client.address)
-        count = self._networks.get(network, 0)
-        if len(self.sessions) >= self.limit or count >= self.limit_per_network:
+        if len(self.sessions) >= self.limit:
             return reply.TOO_MANY_CONNECTIONS
-        self._networks[network] = count + 1
-        self.sessions.add(session)
+        self.sessions[session] = ""
         self._empty.clear()
         return None
 
-    def leave(self, session: Session) -> None:
+    def locate(self, session: Session) -> Reply | None:
         network = network_of(session.client.address)
-        self.sessions.discard(session)
-        if self._networks[network] > 1:
-            self._networks[network] -= 1
-        else:
-            del self._networks[network]
+        count = self._networks.get(network, 0)
+        if count >= self.limit_per_network:
+            self.leave(session)
+            return reply.TOO_MANY_CONNECTIONS
+        self._networks[network] = count + 1
+        self.sessions[session] = network
+        return None
+
+    def may_tell(self, session: Session) -> bool:
+        if session not in self._told:
+            if len(self._told) >= TOLD_AT_ONCE:
+                return False
+            self._told.add(session)
+        return True
+
+    def leave(self, session: Session) -> None:
+        self._told.discard(session)
+        network = self.sessions.pop(session, "")
+        if network:
+            if self._networks[network] > 1:
+                self._networks[network] -= 1
+            else:
+                del self._networks[network]
         if not self.sessions:
             self._empty.set()
 
     async def wait_until_empty(self) -> None:
         await self._empty.wait()
-
-
-class ServerContext(ssl.SSLContext):
-    """What a server is given: makes each connection's TLS from the context that is in force by then."""
-
-    current: ssl.SSLContext
-
-    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
-        return self.current.wrap_bio(*arguments, **options)
 
 
 class Listeners:
@@ -102,13 +112,12 @@ class Listeners:
         self._now = now
         self._monotonic = monotonic
         self._configuration = configuration
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | Acceptor] = []
         self._addresses: dict[str, tuple[str, int]] = {}
         self._connections = Connections(configuration.limits.connections, configuration.limits.connections_per_network)
         # Unique in a process; the process is known by its pod. Not a secret, so nothing random is needed.
         began, numbers = format(round(now() * 1000), "x"), itertools.count(1)
         self._new_session_id = lambda: f"{began}-{next(numbers):x}"
-        self._implicit = ServerContext(ssl.PROTOCOL_TLS_SERVER)
         self._expiry: dict[str, float] = {}
         self._services: dict[str, Service] = {}
         self._use(configuration, credentials)
@@ -125,7 +134,7 @@ class Listeners:
     def check(self, configuration: Configuration, credentials: Credentials) -> None:
         """Whether `reconfigure` would take it. Raises ConfigurationError."""
         self._check_listeners(configuration)
-        tls_context(configuration, credentials)
+        self._services_of(configuration, credentials)
 
     def reconfigure(self, configuration: Configuration, credentials: Credentials) -> None:
         """New certificates, limits and settings for new connections. Raises ConfigurationError and keeps the old."""
@@ -133,19 +142,27 @@ class Listeners:
         self._use(configuration, credentials)
 
     def _check_listeners(self, configuration: Configuration) -> None:
-        bound = [(listener.name, listener.port, listener.mode) for listener in self._configuration.listeners]
-        if [(listener.name, listener.port, listener.mode) for listener in configuration.listeners] != bound:
-            raise ConfigurationError("listeners: names, ports and modes cannot change while running; restart the relay")
-        for listener in configuration.listeners:
-            _refuse_proxy_protocol(listener)
+        def bound(listener: Listener) -> tuple[object, ...]:
+            return listener.name, listener.port, listener.mode, bool(listener.proxy_trusted_networks)
+
+        if list(map(bound, configuration.listeners)) != list(map(bound, self._configuration.listeners)):
+            raise ConfigurationError(
+                "listeners: names, ports, modes, and whether the PROXY protocol is spoken, cannot change while "
+                "running; restart the relay"
+            )
 
     def _use(self, configuration: Configuration, credentials: Credentials) -> None:
-        for listener in configuration.listeners:
-            _refuse_proxy_protocol(listener)
-        context = tls_context(configuration, credentials)
         encrypted = [listener.name for listener in configuration.listeners if listener.mode is not ListenerMode.PLAIN]
+        services = self._services_of(configuration, credentials)
         self._expiry = dict.fromkeys(encrypted, _expiry(credentials)) if encrypted else {}
-        self._services = {
+        self._services = services
+        self._connections.limit = configuration.limits.connections
+        self._connections.limit_per_network = configuration.limits.connections_per_network
+        self._configuration = configuration
+
+    def _services_of(self, configuration: Configuration, credentials: Credentials) -> dict[str, Service]:
+        context = tls_context(configuration, credentials)
+        return {
             listener.name: Service(
                 configuration=configuration,
                 listener=listener,
@@ -159,10 +176,6 @@ class Listeners:
             )
             for listener in configuration.listeners
         }
-        self._implicit.current = context
-        self._connections.limit = configuration.limits.connections
-        self._connections.limit_per_network = configuration.limits.connections_per_network
-        self._configuration = configuration
 
     async def start(self) -> None:
         """Listen on every address. Raises ConfigurationError, naming the listener, where that cannot be."""
@@ -184,21 +197,14 @@ class Listeners:
     async def _listen(self, listener: Listener, host: str, port: int) -> tuple[str, int]:
         loop = asyncio.get_running_loop()
         name = listener.name
-        factory = lambda: Session(self._services[name])  # noqa: E731 - it closes over this listener's name
-        if listener.mode is ListenerMode.IMPLICIT_TLS:
-            server = await loop.create_server(
-                factory,
-                host,
-                port,
-                backlog=BACKLOG,
-                ssl=self._implicit,
-                ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT,
-                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
-            )
+        if listener.mode is ListenerMode.IMPLICIT_TLS or listener.proxy_trusted_networks:
+            listening = await _listening_socket(host, port)
+            self._servers.append(Acceptor(listening, lambda: self._services[name]))
+            bound = listening.getsockname()
         else:
-            server = await loop.create_server(factory, host, port, backlog=BACKLOG)
-        self._servers.append(server)
-        bound = server.sockets[0].getsockname()
+            server = await loop.create_server(lambda: Session(self._services[name]), host, port, backlog=BACKLOG)
+            self._servers.append(server)
+            bound = server.sockets[0].getsockname()
         return bound[0], bound[1]
 
     async def stop(self, grace: float) -> None:
@@ -216,6 +222,25 @@ class Listeners:
             log.warning("listeners.sessions_dropped", sessions=len(sessions), grace=grace)
             for session in tuple(sessions):
                 session.abort()
+
+
+async def _listening_socket(host: str, port: int) -> socket.socket:
+    """As `create_server` makes it. Raises OSError."""
+    family, kind, protocol, _, address = (
+        await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setblocking(False)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 def network_of(address: str) -> str:
@@ -275,11 +300,3 @@ def _expiry(credentials: Credentials) -> float:
         return x509.load_pem_x509_certificate(_credential(credentials, "tls.crt")).not_valid_after_utc.timestamp()
     except ValueError as error:
         raise ConfigurationError("credentials/tls.crt: the first certificate cannot be read; check it") from error
-
-
-def _refuse_proxy_protocol(listener: Listener) -> None:
-    """Better not at all than with the balancer's address taken for every client's."""
-    if listener.proxy_trusted_networks:
-        raise ConfigurationError(
-            f"listeners.{listener.name}.proxyProtocol: the PROXY protocol is not supported by this version; remove it"
-        )

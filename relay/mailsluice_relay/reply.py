@@ -66,6 +66,7 @@ class Reason(enum.StrEnum):
     OTHER_ROUTE = "other_route"
     TOO_MANY_ERRORS = "too_many_errors"
     TLS_HANDSHAKE = "tls_handshake"
+    PROXY_PROTOCOL = "proxy_protocol"
 
     # What the relay cannot take now
     QUEUE_FULL = "queue_full"
@@ -235,6 +236,10 @@ MESSAGE_TOO_BIG = Reply(552, "5.3.4", "Message size exceeds the limit")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients; send the rest in another message")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors on this connection", close=True)
 MAIL_LOOP = Reply(554, "5.4.6", "Mail loop: too many Received header fields")
+
+PROXY_REQUIRED = Reply(
+    421, "4.7.0", "Only a trusted load balancer may connect here, with a PROXY protocol header", close=True
+)
 
 # --- what the relay cannot take now ---------------------------------------------------------------------------------
 QUEUE_FULL = Reply(452, "4.3.1", "Insufficient storage; try again later")

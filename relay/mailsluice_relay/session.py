@@ -31,9 +31,11 @@ from mailsluice_relay.auth import sasl
 from mailsluice_relay.config import Configuration, Listener, ListenerMode
 from mailsluice_relay.envelope import Client, Envelope, Message, TLSState
 from mailsluice_relay.metrics import Metrics
+from mailsluice_relay.policy.networks import Networks
 from mailsluice_relay.reply import Reason, Reply, Result, Verdict
 from mailsluice_relay.smtp import engine
 from mailsluice_relay.smtp.engine import Engine, State
+from mailsluice_relay.smtp.proxy import Header
 from mailsluice_relay.spool.errors import SpoolError, SpoolFull
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ LINGER: Final = 2.0
 """Seconds for the client to read a last reply: closing with unread input makes TCP discard it (RFC 1122 4.2.2.13)."""
 TLS_HANDSHAKE_TIMEOUT: Final = 30.0
 """Seconds."""
+TLS_SHUTDOWN_TIMEOUT: Final = 5.0
+"""Seconds that a client has to answer close_notify."""
 
 _BEFORE_HELLO: Final = frozenset({Reason.SYNTAX, Reason.LINE_ENDING, Reason.UNAUTHORIZED_PIPELINING})
 """Refusals which, before EHLO, only show that something else than a mail client knocked: a port scan, a browser."""
@@ -77,11 +81,19 @@ class Gate(Protocol):
     """Who may have how many connections; knows the sessions that there are."""
 
     def enter(self, session: Session) -> Reply | None:
-        """None, or why the session may not begin. A session that may not begin does not leave, either."""
+        """There is a connection; who it is may not be known yet. None, or why the session may not begin."""
+        ...
+
+    def locate(self, session: Session) -> Reply | None:
+        """The client's address is known. None, or why the session may not begin."""
+        ...
+
+    def may_tell(self, session: Session) -> bool:
+        """Whether a session that may not begin may have a connection for as long as it takes to be told so."""
         ...
 
     def leave(self, session: Session) -> None:
-        """The session is over, its decisions included."""
+        """The session is over, its decisions included; or it could not begin."""
         ...
 
 
@@ -119,8 +131,15 @@ class Service:
     """Not used on a listener without TLS."""
     settings: engine.Settings = field(init=False)
     counters: Counters = field(init=False)
+    trusted_balancers: Networks | None = field(init=False)
+    """Who has to say for whom it connects, with a PROXY header; None: there is no header on this listener."""
 
     def __post_init__(self) -> None:
+        """Raises ConfigurationError."""
+        trusted, where = self.listener.proxy_trusted_networks, f"listeners.{self.listener.name}.proxyProtocol"
+        object.__setattr__(
+            self, "trusted_balancers", Networks(trusted, f"{where}.trustedNetworks") if trusted else None
+        )
         settings = engine.Settings(
             hostname=self.configuration.hostname,
             message_size=self.configuration.limits.message_size,
@@ -141,7 +160,7 @@ class Session(aiosmtpd.smtp.SMTP):
         # reader. Neither is used here, and together they cost more than the rest of a short session.
         self.loop = asyncio.get_running_loop()
         self.hostname = service.configuration.hostname
-        self._service = service
+        self.service = service
         self._limits = service.configuration.limits
         self._engine = Engine(service.settings)
         self._tcp: asyncio.Transport | None = None
@@ -159,7 +178,9 @@ class Session(aiosmtpd.smtp.SMTP):
         self._progress = 0
         self._reading_paused = False
         self._writing_paused = False
-        self._admitted = False
+        self._arrived = False
+        self._refusal: Reply | None = None
+        """Why the session may not begin."""
         self._closing = False
         self._stopping = False
         self._half_closed = False
@@ -174,28 +195,67 @@ class Session(aiosmtpd.smtp.SMTP):
         self._recipients = 0
 
     # --- the connection ----------------------------------------------------------------------------------------------
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        service = self._service
-        self._tcp = self.transport = cast(asyncio.Transport, transport)
+    def arrive(self, address: str, port: int) -> None:
+        """There is a connection from there. It counts, though much may come before `connection_made`."""
+        service = self.service
+        self._arrived = True
         self._started = self.loop.time()
         self._session_end = self._started + self._limits.session_timeout
-        peer = transport.get_extra_info("peername") or ("", 0)
         self.client = Client(
             session_id=service.new_session_id(),
             listener=service.listener.name,
-            address=canonical_address(peer[0]),
-            port=peer[1],
+            address=canonical_address(address),
+            port=port,
         )
         service.counters.sessions_active(self.client.listener).inc()
-        self._note_tls(self._tcp)
-        refusal = service.gate.enter(self)
-        self._admitted = refusal is None
-        if refusal is None:
-            self._engine.greet()
+        self._refuse_connection(service.gate.enter(self))
+
+    def introduce(self, header: Header) -> None:
+        """A trusted load balancer says who the client is: somebody, or the balancer itself."""
+        if header.address is None:
+            self.client.is_balancer = True
         else:
-            self._record(Result.REJECTED, Reason.TOO_MANY_CONNECTIONS)
-            self._engine.close(refusal)
-        self._deadline = self._started + self._limits.idle_timeout
+            self.client.address = canonical_address(header.address)
+            self.client.port = header.port
+
+    def locate(self) -> None:
+        """The client's address is settled."""
+        if self._refusal is None:
+            self._refuse_connection(self.service.gate.locate(self))
+
+    def refuse(self, verdict: Verdict) -> None:
+        """The session may not begin. Where it still gets a connection, it tells so."""
+        if self._refusal is None:
+            self._refusal = verdict.reply
+            self._record(Result.REJECTED, verdict.reason)
+
+    @property
+    def is_refused(self) -> bool:
+        return self._refusal is not None
+
+    def abandon(self, reason: Reason | None = None) -> None:
+        """There will be no `connection_made`, for this reason if there is one to be counted."""
+        if reason is not None:
+            self._record(Result.REJECTED, reason)
+        self._closing = True
+        self._finish()
+
+    def _refuse_connection(self, refusal: Reply | None) -> None:
+        if refusal is not None:
+            self.refuse(Verdict(refusal, Reason.TOO_MANY_CONNECTIONS))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._tcp = self.transport = cast(asyncio.Transport, transport)
+        if not self._arrived:
+            peer = transport.get_extra_info("peername") or ("", 0)
+            self.arrive(peer[0], peer[1])
+            self.locate()
+        self._note_tls(self._tcp)
+        if self._refusal is not None:
+            self._engine.close(self._refusal)
+        else:
+            self._engine.greet()
+        self._deadline = self.loop.time() + self._limits.idle_timeout
         self._set_timer(min(self._deadline, self._session_end))
         self._flush()
 
@@ -263,7 +323,9 @@ class Session(aiosmtpd.smtp.SMTP):
         self._closing = True
         self._discard_content()
         self._set_timer(self.loop.time() + LINGER)
-        if self._admitted and not self._said_quit and self.client.tls is None and transport.can_write_eof():
+        # Connections over the limit are not worth the wait.
+        worthwhile = self._refusal is not reply.TOO_MANY_CONNECTIONS and not self._said_quit
+        if worthwhile and self.client.tls is None and transport.can_write_eof():
             # The client closes on its side once it has read the reply; what it sends until then is read and dropped.
             if self._reading_paused:
                 transport.resume_reading()
@@ -293,7 +355,7 @@ class Session(aiosmtpd.smtp.SMTP):
             self._engine.close(reply.DATA_LINE_ENDING)
             self._flush()
         else:
-            if self._said_hello:
+            if self._said_hello and not self.client.is_balancer:
                 self._record(Result.REJECTED, Reason.TIMEOUT)
             self._engine.close(reply.TIMED_OUT)
             self._flush()
@@ -371,6 +433,8 @@ class Session(aiosmtpd.smtp.SMTP):
     def _on_refused(self, event: engine.Refused) -> None:
         verdict = event.verdict
         self._exchange = None
+        if self.client.is_balancer:
+            return  # how it knocks is its own affair
         if self._said_hello or verdict.reason not in _BEFORE_HELLO:
             self._record(Result.REJECTED, verdict.reason)
 
@@ -397,9 +461,10 @@ class Session(aiosmtpd.smtp.SMTP):
             encrypted = await self.loop.start_tls(
                 transport,
                 self,
-                self._service.tls_context,
+                self.service.tls_context,
                 server_side=True,
                 ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
             )
         except OSError:  # ssl.SSLError, ConnectionError and TimeoutError are among them
             encrypted = None
@@ -426,7 +491,7 @@ class Session(aiosmtpd.smtp.SMTP):
         cipher = tls.cipher()
         self.client.tls = TLSState(tls.version() or "", cipher[0] if cipher else "")
         self._engine.tls = True
-        self._service.counters.tls_sessions(self.client.tls.version).inc()
+        self.service.counters.tls_sessions(self.client.tls.version).inc()
 
     # --- login -------------------------------------------------------------------------------------------------------
     def _on_authenticate(self, event: engine.Authenticate) -> None:
@@ -452,7 +517,7 @@ class Session(aiosmtpd.smtp.SMTP):
             self._engine.challenge(outcome)
 
     async def _log_in(self, attempt: sasl.Attempt) -> None:
-        authentication = await self._service.admission.authenticate(self.client, attempt)
+        authentication = await self.service.admission.authenticate(self.client, attempt)
         verdict = authentication.verdict
         if verdict.is_positive and authentication.login is not None:
             self.client.login = authentication.login
@@ -470,11 +535,11 @@ class Session(aiosmtpd.smtp.SMTP):
         if self._stopping:
             verdict = Verdict(reply.SHUTTING_DOWN, Reason.SHUTTING_DOWN)
         else:
-            verdict = await self._service.admission.mail(self.client, envelope)
+            verdict = await self.service.admission.mail(self.client, envelope)
         if verdict.is_positive:
             if (envelope.declared_size or 0) > self._limits.message_size:
                 verdict = Verdict(reply.MESSAGE_TOO_BIG, Reason.MESSAGE_TOO_BIG)
-            elif (refusal := self._service.dispatcher.refuses()) is not None:
+            elif (refusal := self.service.dispatcher.refuses()) is not None:
                 verdict = Verdict(refusal, _queue_reason(refusal))
         if not verdict.is_positive:
             self._refuse_message(verdict)
@@ -484,13 +549,13 @@ class Session(aiosmtpd.smtp.SMTP):
         if len(event.envelope.recipients) >= self._limits.recipients_per_message:
             verdict = Verdict(reply.TOO_MANY_RECIPIENTS, Reason.TOO_MANY_RECIPIENTS)
         else:
-            verdict = self._service.admission.recipient(self.client, event.envelope, event.recipient)
+            verdict = self.service.admission.recipient(self.client, event.envelope, event.recipient)
         if verdict.is_positive:
             result = "accepted"
         else:
             result = "deferred" if verdict.reply.is_transient else "rejected"
             self._record(Result.REJECTED, verdict.reason)
-        self._service.counters.recipients(result).inc()
+        self.service.counters.recipients(result).inc()
         self._engine.answer(verdict.reply)
 
     def _on_data_started(self, _event: engine.DataStarted) -> None:
@@ -513,7 +578,7 @@ class Session(aiosmtpd.smtp.SMTP):
             self._refuse_message(self._failed)
             self._engine.answer(self._failed.reply)
             return
-        self._decide(self._take_message(event.envelope, writer or self._service.dispatcher.new_content(), ended))
+        self._decide(self._take_message(event.envelope, writer or self.service.dispatcher.new_content(), ended))
 
     def _write(self, data: bytes) -> None:
         """Add to the message that is being read; a message that will be refused is read on and dropped."""
@@ -525,7 +590,7 @@ class Session(aiosmtpd.smtp.SMTP):
                 self._failed = Verdict(reply.MESSAGE_TOO_BIG, Reason.MESSAGE_TOO_BIG)
             else:
                 if self._incoming is None:
-                    self._incoming = self._service.dispatcher.new_content()
+                    self._incoming = self.service.dispatcher.new_content()
                 self._incoming.write(data)
         except SpoolError as error:
             self._failed = _not_kept(error)
@@ -539,7 +604,7 @@ class Session(aiosmtpd.smtp.SMTP):
 
     async def _take_message(self, envelope: Envelope, writer: ContentWriter, ended: float) -> None:
         """Judge a whole message and queue it. Nothing of it depends on the connection any more."""
-        service, client = self._service, self.client
+        service, client = self.service, self.client
         try:
             content = writer.finish()
         except SpoolError as error:
@@ -618,7 +683,7 @@ class Session(aiosmtpd.smtp.SMTP):
         self._count_message("deferred" if verdict.reply.is_transient else "rejected", verdict.reason)
 
     def _count_message(self, result: str, reason: Reason) -> None:
-        counters = self._service.counters
+        counters = self.service.counters
         counters.messages(result, reason).inc()
         if self.client.login is not None:
             counters.user_messages(counters.user(self.client.login.name), result).inc()
@@ -631,9 +696,8 @@ class Session(aiosmtpd.smtp.SMTP):
         if self._finished:
             return
         self._finished = True
-        service, client = self._service, self.client
-        if self._admitted:
-            service.gate.leave(self)
+        service, client = self.service, self.client
+        service.gate.leave(self)
         result = next((each for each in _CLASSES if each in self._firsts), Result.NONE)
         reason = self._firsts.get(result, Reason.NONE)
         seconds = self.loop.time() - self._started

@@ -68,6 +68,13 @@ def test_pods_bind_ports_that_need_no_privilege() -> None:
         ("submission", 2587, "StartTLS"),
     ]
     assert all(listener.authentication_required for listener in listeners)
+    assert not any(listener.proxy_trusted_networks for listener in listeners)
+
+
+def test_a_listener_behind_a_balancer_knows_whom_to_believe() -> None:
+    behind = {"name": "lb", "port": 10587, "proxyProtocol": {"trustedNetworks": ["10.1.2.16/28", "fd00::/64"]}}
+    (listener,) = built({"listeners": [behind]}).configuration.listeners
+    assert listener.proxy_trusted_networks == ("10.1.2.16/28", "fd00::/64")
 
 
 def test_the_host_name_is_that_of_the_service_unless_another_is_given() -> None:
@@ -339,17 +346,6 @@ def test_what_would_do_harm_keeps_the_relay_from_running() -> None:
     assert messages({"queue": {"mode": "PassThrough"}}) == [
         "spec.queue.mode: PassThrough is not there yet; use Persistent."
     ]
-
-
-def test_a_listener_that_waits_for_the_proxy_protocol_is_left_out_and_told() -> None:
-    listeners = [
-        {"name": "smtp", "port": 25},
-        {"name": "lb", "port": 10025, "proxyProtocol": {"trustedNetworks": ["10.0.0.0/24"]}},
-    ]
-    result = built({"listeners": listeners})
-    assert [listener.name for listener in result.configuration.listeners] == ["smtp"]
-    assert [fact.reason for fact in result.degraded] == ["NotYetSupported"]
-    assert messages({"listeners": listeners[1:]}), "nothing would be left to connect to"
 
 
 def test_an_upstream_with_a_grant_is_left_out_and_told() -> None:

@@ -95,10 +95,9 @@ def build(
     uses = secret_uses(relay)
     if facts := [*_not_supported(relay), *_wrong_secrets(relay, uses, secrets)]:
         raise Unusable(facts)
-    listeners = tuple(_listener(listener) for listener in relay.spec.listeners if listener.proxy_protocol is None)
     upstreams = [upstream for upstream in relay.spec.upstreams if _left_out(upstream, secrets) is None]
     degraded = tuple(_not_effective(relay, secrets))
-    if not listeners or not upstreams:
+    if not upstreams:
         raise Unusable(degraded)
     own = _own_users(relay, uses, secrets, hash_password)
     files = _files(relay, uses, secrets, server)
@@ -108,7 +107,7 @@ def build(
         credentials_revision=_credentials_revision(uses, secrets, files),
         relay=config.Relay(name=relay.metadata.name, namespace=relay.metadata.namespace, uid=relay.metadata.uid),
         hostname=hostname(relay),
-        listeners=listeners,
+        listeners=tuple(map(_listener, relay.spec.listeners)),
         tls=config.TLS(
             minimum_version=spec.tls.minimum_version,
             client_ca=CLIENT_AUTHORITIES if spec.tls.client_ca_secret_ref is not None else None,
@@ -293,6 +292,7 @@ def _listener(listener: models.Listener) -> config.Listener:
         authentication_required=listener.authentication == "Required",
         allow_plaintext_authentication=listener.allow_plaintext_authentication,
         normalize_line_endings=listener.normalize_line_endings,
+        proxy_trusted_networks=listener.proxy_protocol.trusted_networks if listener.proxy_protocol is not None else (),
     )
 
 

@@ -47,15 +47,6 @@ def _of_user(user: SmtpUser) -> Iterator[NotYet]:
 # --- What would be harmful --------------------------------------------------------------------------------------------
 
 
-def _proxy_protocol(relay: SmtpRelay) -> Iterator[NotYet]:
-    for index, listener in enumerate(relay.spec.listeners):
-        if listener.proxy_protocol is not None:
-            yield NotYet(
-                f"spec.listeners[{index}].proxyProtocol",
-                "the PROXY protocol is not read yet: the listener is left out",
-            )
-
-
 def _pass_through(relay: SmtpRelay) -> Iterator[NotYet]:
     if relay.spec.queue.mode is QueueMode.PASS_THROUGH:
         yield NotYet("spec.queue.mode", "PassThrough is not there yet; use Persistent", refused=True)
@@ -148,7 +139,6 @@ def _cluster(relay: SmtpRelay) -> Iterator[NotYet]:
 
 
 _LOOKS: Final[tuple[Callable[[SmtpRelay], Iterator[NotYet]], ...]] = (
-    _proxy_protocol,
     _pass_through,
     _upstreams,
     _tls,

@@ -155,6 +155,12 @@ class RunningRelay:
         self.client_tls = ssl.create_default_context()
         ca.configure_trust(self.client_tls)
 
+    eventually = staticmethod(eventually)
+
+    async def dial(self, listener: str) -> Peer:
+        """A client that has a connection, and has neither said nor heard a thing."""
+        return Peer(*await asyncio.open_connection(*self.listeners.addresses[listener]))
+
     async def connect(self, listener: str = "open") -> Peer:
         """A greeted client."""
         host, port = self.listeners.addresses[listener]

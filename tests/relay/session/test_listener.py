@@ -107,9 +107,9 @@ async def test_the_end_of_the_certificate_is_told_for_each_tls_listener(
 
 
 # --- what cannot be had -----------------------------------------------------------------------------------------------
-async def test_the_proxy_protocol_is_refused_rather_than_ignored(start_relay: StartRelay) -> None:
-    listener = Listener(name="from-lb", port=0, proxy_trusted_networks=("10.1.2.16/28",))
-    with pytest.raises(ConfigurationError, match=r"listeners\.from-lb\.proxyProtocol"):
+async def test_a_balancers_network_that_is_none_is_named(start_relay: StartRelay) -> None:
+    listener = Listener(name="from-lb", port=0, mode=ListenerMode.PLAIN, proxy_trusted_networks=("10.1.2.3/28",))
+    with pytest.raises(ConfigurationError, match=r"listeners\.from-lb\.proxyProtocol\.trustedNetworks: 10\.1\.2\.3/28"):
         await start_relay(listeners=(listener,))
 
 
@@ -125,9 +125,13 @@ async def test_a_port_that_is_taken_is_named(start_relay: StartRelay) -> None:
 
 async def test_the_set_of_listeners_changes_only_with_the_process(relay: Relay) -> None:
     fewer = msgspec.structs.replace(relay.configuration, listeners=relay.configuration.listeners[:1])
+    first, *others = relay.configuration.listeners
+    proxied = msgspec.structs.replace(first, proxy_trusted_networks=("10.0.0.0/8",))
+    changed = msgspec.structs.replace(relay.configuration, listeners=(proxied, *others))
     for act in (relay.listeners.check, relay.listeners.reconfigure):
-        with pytest.raises(ConfigurationError, match="listeners"):
-            act(fewer, relay.credentials)
+        for configuration in (fewer, changed):
+            with pytest.raises(ConfigurationError, match="listeners"):
+                act(configuration, relay.credentials)
 
 
 async def test_a_refused_configuration_changes_nothing(relay: Relay) -> None:
@@ -175,6 +179,7 @@ async def test_networks_that_are_gone_are_forgotten() -> None:
     visitor: Any = Visitor()
     for _ in range(3):
         assert connections.enter(visitor) is None
+        assert connections.locate(visitor) is None
         connections.leave(visitor)
     await connections.wait_until_empty()
 
