@@ -49,6 +49,18 @@ test-node: setup ## the tests on a real one-node cluster (root)
 .PHONY: test-all
 test-all: test test-node ## everything (root)
 
+FUZZ := $(BIN)/python tests/fuzz/fuzz_engine.py build/fuzz tests/fuzz/corpus -artifact_prefix=build/fuzz- -timeout=20 -max_len=4096
+
+.PHONY: fuzz
+fuzz: setup ## look for octets that break the parsers, the engine or a session (10 minutes)
+	@mkdir -p build/fuzz
+	$(FUZZ) -max_total_time=600
+
+.PHONY: fuzz-short
+fuzz-short: setup ## the same for a minute, the corpus first
+	@mkdir -p build/fuzz
+	$(FUZZ) -max_total_time=60
+
 ##@ Build
 
 .PHONY: image

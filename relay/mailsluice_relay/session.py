@@ -405,12 +405,13 @@ class Session(aiosmtpd.smtp.SMTP):
             return
         self._deadline = self.loop.time() + self._limits.idle_timeout
         self._advance()
-        if self._half_closed and not self._is_waiting and not self._closing:
+        if self._half_closed and not self.is_deciding and not self._closing:
             self._closing = True
             self._tcp.close()
 
     @property
-    def _is_waiting(self) -> bool:
+    def is_deciding(self) -> bool:
+        """A decision waits; the engine takes nothing further."""
         return self._task is not None
 
     def _fail(self) -> None:
