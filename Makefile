@@ -33,6 +33,7 @@ lint: setup ## style, types, layers, and whether generated files are current
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy -p benchmarks
 	MYPYPATH=tests/cluster $(BIN)/mypy --explicit-package-bases tests/cluster
 	$(BIN)/lint-imports
 	@wanted=$$(mktemp -d); trap "rm -rf $$wanted" EXIT; $(BIN)/python -m mailsluice_operator.resource.crd $$wanted >/dev/null; \
@@ -60,6 +61,16 @@ fuzz: setup ## look for octets that break the parsers, the engine or a session (
 fuzz-short: setup ## the same for a minute, the corpus first
 	@mkdir -p build/fuzz
 	$(FUZZ) -max_total_time=60
+
+##@ Measure
+
+.PHONY: bench
+bench: setup ## measure beside Postfix, Haraka and aiosmtpd; fails below the floor (Debian's postfix; root for Postfix itself)
+	$(BIN)/python -m benchmarks
+
+.PHONY: bench-short
+bench-short: setup ## the same in less than a minute, to see that it runs: no floor
+	$(BIN)/python -m benchmarks --short
 
 ##@ Build
 
