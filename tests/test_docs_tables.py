@@ -18,8 +18,7 @@ from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.resource import not_yet as not_yet_module
 from mailsluice_operator.resource.files import Severity, check_files
 from mailsluice_operator.resource.models import relay_from, user_from
-from mailsluice_operator.resource.not_yet import NotYet, left_out, not_yet
-from mailsluice_operator.resource.presets import PRESETS
+from mailsluice_operator.resource.not_yet import NotYet, not_yet
 from mailsluice_relay.config import UNIMPLEMENTED_SPAM_RULES
 from mailsluice_relay.metrics import Metrics as RelayMetrics
 
@@ -110,11 +109,6 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         },
         "upstreams": [
             {"name": "placeholder", "type": "DirectToMX"},
-            *(
-                {"name": "placeholder", "preset": name, "credentialsSecretRef": secret}
-                for name, preset in PRESETS.items()
-                if preset.is_oauth_only
-            ),
         ],
         "queue": {"mode": "PassThrough"},
         "bounces": {"address": "bounces@example.test"},
@@ -131,12 +125,7 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
 def said() -> list[tuple[NotYet, str]]:
     """Everything that can be said, and of which kind of resource."""
     relay, user = (read(body) for read, body in zip((relay_from, user_from), everything(), strict=True))
-    with_a_password = {"name": "placeholder", "host": "smtp.example.test", "credentialsSecretRef": {"name": "s"}}
-    upstream = relay_from({"metadata": {"name": "out"}, "spec": {"upstreams": [with_a_password]}}).spec.upstreams[0]
-    why = left_out(upstream, has_grant=True)
-    assert why is not None
-    grant = NotYet(f"spec.upstreams[0].{why[0]}", why[1])
-    return [*((item, "") for item in (*not_yet(relay), grant)), *((item, "SmtpUser ") for item in not_yet(user))]
+    return [*((item, "") for item in not_yet(relay)), *((item, "SmtpUser ") for item in not_yet(user))]
 
 
 def listed(*, refused: bool) -> list[list[str]]:

@@ -22,6 +22,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -47,6 +48,18 @@ IMPLEMENTED_SPAM_RULES: Final = frozenset(
 
 UNIMPLEMENTED_SPAM_RULES: Final = frozenset({"unknownRecipients", "volumeAnomaly"})
 """Names that the resource accepts and this release does not act on, so that the operator can say so."""
+
+OAUTH_KEYS: Final = (
+    "grant",
+    "user",
+    "client-id",
+    "token-url",
+    "scope",
+    "client-secret",
+    "refresh-token",
+    "private-key",
+)
+"""What an OAuth grant may consist of; the first four always, those of `OAUTH_SECRETS` with its kind."""
 
 Credentials = Mapping[str, bytes]
 """The files of credentials/ by name, as they were read together."""
@@ -102,6 +115,13 @@ class RateLimitAction(enum.StrEnum):
     REJECT = "Reject"
 
 
+class FailureAction(enum.StrEnum):
+    """What becomes of mail while somebody who is asked about it does not answer."""
+
+    ALLOW = "Allow"
+    DEFER = "Defer"
+
+
 class QueueMode(enum.StrEnum):
     PERSISTENT = "Persistent"
     PASS_THROUGH = "PassThrough"
@@ -110,6 +130,22 @@ class QueueMode(enum.StrEnum):
 class UpstreamType(enum.StrEnum):
     SMARTHOST = "Smarthost"
     DIRECT_TO_MX = "DirectToMX"
+
+
+class OAuthGrant(enum.StrEnum):
+    """By what an upstream's access tokens are got (RFC 6749 sections 6 and 4.4, RFC 7523 section 2.1)."""
+
+    REFRESH_TOKEN = "RefreshToken"
+    CLIENT_CREDENTIALS = "ClientCredentials"
+    JWT_BEARER = "JWTBearer"
+
+
+OAUTH_SECRETS: Final[Mapping[OAuthGrant, str]] = {
+    OAuthGrant.REFRESH_TOKEN: "refresh-token",
+    OAuthGrant.CLIENT_CREDENTIALS: "client-secret",
+    OAuthGrant.JWT_BEARER: "private-key",
+}
+"""What each kind of grant cannot do without. A client-secret goes along with a refresh token where there is one."""
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -159,6 +195,17 @@ class RateLimit(Struct, frozen=True, kw_only=True):
     burst: Positive | None = None
     """How much may come at once; None: the whole limit."""
     action: RateLimitAction = RateLimitAction.DEFER
+
+
+class RateLimitStore(Struct, frozen=True, kw_only=True):
+    """Where the replicas count together. Without one each process counts for itself."""
+
+    credentials: str
+    """File credentials/NAME.url: a redis:// or rediss:// URL, which may hold a password."""
+    ca: str | None = None
+    """File in credentials/ with CAs to trust besides the system's."""
+    on_failure: FailureAction = FailureAction.ALLOW
+    """While it cannot be reached: Allow, each process counts for itself; Defer, 451."""
 
 
 class User(Struct, frozen=True, kw_only=True):
@@ -247,10 +294,11 @@ class Upstream(Struct, frozen=True, kw_only=True):
     ca: str | None = None
     """File in credentials/ with the CAs to trust; None: the system's."""
     allow_plaintext_authentication: bool = False
-    mechanisms: tuple[str, ...] = ("PLAIN", "LOGIN")
-    """SASL mechanisms to use, best first, where the upstream offers them."""
+    mechanisms: tuple[str, ...] = ("PLAIN", "LOGIN", "SCRAM-SHA-256", "CRAM-MD5")
+    """SASL mechanisms to use, best first, where the upstream offers them and the credentials are of their kind."""
     credentials: str | None = None
-    """Files credentials/NAME.username and credentials/NAME.password."""
+    """Files credentials/NAME.username and credentials/NAME.password, or an OAuth grant: NAME.grant, NAME.user,
+    NAME.client-id, NAME.token-url and what `OAUTH_SECRETS` says, with NAME.scope and others as the server wants it."""
     priority: int = 10
     """Lower is tried first (as in MX)."""
     weight: Positive = 1
@@ -321,6 +369,7 @@ class Configuration(Struct, frozen=True, kw_only=True):
     senders: Senders = Senders()
     recipients: Recipients = Recipients()
     rate_limits: tuple[RateLimit, ...] = ()
+    rate_limit_store: RateLimitStore | None = None
     spam: Spam = Spam()
     upstreams: Annotated[tuple[Upstream, ...], Meta(min_length=1)]
     queue: Queue = Queue()
@@ -361,6 +410,16 @@ def decode(packed: bytes) -> Configuration:
         return msgspec.json.decode(text, type=Configuration)
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"config.json.gz: {error}") from error
+
+
+def is_https(url: str) -> bool:
+    """Whether credentials may be sent there."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is none
+    except ValueError:
+        return False
+    return parts.scheme == "https" and bool(parts.hostname) and url.isascii() and url.isprintable() and " " not in url
 
 
 SCRYPT_COST: Final = (14, 8, 1)

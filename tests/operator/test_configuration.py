@@ -7,18 +7,32 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from ruamel.yaml import YAML
 
 from mailsluice_operator.children.configuration import Built, Secret, Unusable, build, hostname, own_logins, smtp_user
 from mailsluice_operator.resource.models import SmtpRelay, relay_from, user_from
 from mailsluice_operator.resource.validation import admitted
 from mailsluice_relay.config import RateLimitKey, User, decode, encode, is_supported_hash
+from mailsluice_relay.delivery.oauth import Grant
+from mailsluice_relay.delivery.target import target_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BCRYPT = "$2b$10$IACI.x37fVDOprQytsuhaeWnGGmQwF6NkJtIbSJ97fVJryUdwnZYG"
 SERVER = {"tls.crt": b"-----BEGIN CERTIFICATE-----\nours", "tls.key": b"PRIVATE KEY", "ca.crt": b"authority"}
 PEM_CERTIFICATE = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 PEM_KEY = b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+
+
+def pem(key: Any) -> str:
+    text: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return text.decode()
+
+
+P256 = pem(ec.generate_private_key(ec.SECP256R1()))
+ED25519 = pem(Ed25519PrivateKey.generate())
 
 UPSTREAM = {"name": "provider", "host": "smtp.provider.test"}
 
@@ -204,6 +218,81 @@ def test_what_an_upstream_takes_is_divided_by_the_replicas() -> None:
     assert many.configuration.upstreams[0].limits.connections == 1
 
 
+def grant(kind: str = "RefreshToken", **changes: str) -> Secret:
+    """An OAuth grant; `client_id` stands for client-id."""
+    data = {
+        "grant": kind,
+        "user": "mail@example.test\n",
+        "client-id": "client",
+        "token-url": "https://login.example.test/token",
+        "refresh-token": "r3fr3sh\n",
+        "client-secret": "swordfish",
+        "private-key": P256,
+        "scope": "https://mail.example.test/",
+        **{key.replace("_", "-"): value for key, value in changes.items()},
+    }
+    return Secret({key: value.encode() for key, value in data.items()}, "uid", "1")
+
+
+@pytest.mark.parametrize("kind", ["RefreshToken", "ClientCredentials", "JWTBearer"])
+@pytest.mark.parametrize(
+    ("upstream", "mechanisms"),
+    [
+        ({"name": "up", "preset": "Gmail"}, ("XOAUTH2",)),
+        ({"name": "up", "preset": "Outlook"}, ("XOAUTH2",)),
+        ({"name": "up", "preset": "Microsoft365"}, ("XOAUTH2",)),
+        ({"name": "up", "host": "smtp.provider.test"}, ("XOAUTH2", "OAUTHBEARER")),
+    ],
+)
+def test_a_grant_becomes_files_and_the_relay_takes_them(
+    upstream: dict[str, Any], mechanisms: tuple[str, ...], kind: str
+) -> None:
+    result = built({"upstreams": [{**upstream, "credentialsSecretRef": {"name": "oauth"}}]}, oauth=grant(kind))
+    (made,) = result.configuration.upstreams
+    assert made.mechanisms == mechanisms
+    assert result.files["upstream-up.refresh-token"] == b"r3fr3sh"
+    assert result.degraded == ()
+    encoded = msgspec.json.encode(result.configuration)
+    assert not any(secret in encoded for secret in (b"r3fr3sh", b"swordfish", b"PRIVATE"))
+    login = target_of(0, made, result.files, hostname="relay.test").login
+    assert isinstance(login, Grant)
+    assert (login.type, login.user) == (kind, "mail@example.test")
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "wrong"),
+    [
+        ("Gmail", {"grant": "Password"}, "in the key grant than RefreshToken, ClientCredentials, JWTBearer; write one"),
+        ("Gmail", {"token_url": "http://login.example.test/"}, "has no https address in the key token-url"),
+        ("Gmail", {"token_url": "https://login.example.test:port/"}, "has no https address in the key token-url"),
+        ("Gmail", {"user": "a\1b"}, "has a control character in the key user"),
+        ("Gmail", {"refresh_token": " "}, "has nothing in the key refresh-token; fill it"),
+        ("Gmail", {"grant": "ClientCredentials", "client_secret": ""}, "has nothing in the key client-secret"),
+        ("Gmail", {"grant": "JWTBearer", "private_key": PEM_KEY.decode()}, "has no private key in PEM form"),
+        ("Gmail", {"grant": "JWTBearer", "private_key": ED25519}, "than RSA of at least 2048 bits or P-256; make one"),
+        ("SendGrid", {}, "holds an OAuth grant, and this provider takes a password"),
+    ],
+)
+def test_a_grant_that_cannot_work_is_told_without_showing_it(preset: str, changes: dict[str, str], wrong: str) -> None:
+    oauth = grant(changes.pop("grant", "RefreshToken"), **changes)
+    spec = {"upstreams": [{"name": "up", "preset": preset, "credentialsSecretRef": {"name": "oauth"}}]}
+    (message,) = messages(spec, oauth=oauth)
+    assert wrong in message
+    assert not any(secret in message for secret in ("r3fr3sh", "swordfish"))
+
+
+def test_what_a_grant_may_leave_out_may_also_be_empty() -> None:
+    spec = {"upstreams": [{"name": "up", "preset": "Gmail", "credentialsSecretRef": {"name": "oauth"}}]}
+    files = built(spec, oauth=grant(scope="", client_secret="\n")).files
+    assert not {"upstream-up.scope", "upstream-up.client-secret"} & files.keys()
+
+
+def test_a_provider_that_takes_oauth_alone_gets_no_password() -> None:
+    spec = {"upstreams": [{"name": "up", "preset": "Outlook", "credentialsSecretRef": {"name": "login"}}]}
+    (message,) = messages(spec, login=secret(username="u", password="p"))
+    assert "has no key grant: this provider takes OAuth alone" in message
+
+
 # --- Suspicion --------------------------------------------------------------------------------------------------------
 
 
@@ -348,16 +437,6 @@ def test_what_would_do_harm_keeps_the_relay_from_running() -> None:
     ]
 
 
-def test_an_upstream_with_a_grant_is_left_out_and_told() -> None:
-    finance = {"name": "finance", "preset": "Gmail", "credentialsSecretRef": {"name": "grant"}}
-    grant = secret(grant="RefreshToken", user="u", **{"client-id": "c", "token-url": "https://x"})
-    result = built({"upstreams": [UPSTREAM, finance]}, grant=grant)
-    assert [upstream.name for upstream in result.configuration.upstreams] == ["provider"]
-    assert "upstream-finance.password" not in result.files
-    assert [fact.message.split(":")[0] for fact in result.degraded] == ["spec.upstreams[1].credentialsSecretRef"]
-    assert messages({"upstreams": [finance]}, grant=grant), "nothing would be left to deliver to"
-
-
 def test_the_full_example_can_be_built() -> None:
     example = YAML(typ="safe").load(ROOT / "examples/full.yaml")
     login = secret(username="u", password="p")
@@ -369,10 +448,10 @@ def test_the_full_example_can_be_built() -> None:
         "ses-login": login,
         "backup-ca": secret(ca_crt=PEM_CERTIFICATE),
         "backup-login": login,
-        "gmail-oauth": secret(grant="RefreshToken", user="u", **{"client-id": "c", "token-url": "https://x"}),
+        "gmail-oauth": grant(),
         "dkim-example": secret(tls_key=PEM_KEY),
     }
     result = build(relay_from(admitted(example)), secrets=secrets, server=SERVER)
-    assert [upstream.name for upstream in result.configuration.upstreams] == ["ses", "backup"]
+    assert [upstream.name for upstream in result.configuration.upstreams] == ["ses", "backup", "finance"]
     assert decode(encode(result.configuration)) == result.configuration
     assert isinstance(result.configuration.authentication.users[0], User)

@@ -142,7 +142,7 @@ def test_every_secret_that_a_relay_names_is_found() -> None:
         "spec.authentication.users[0].secretRef": ("tenant-a-users", "htpasswd"),
         "spec.authentication.users[1].secretRef": ("cron-login", "htpasswd"),
         "spec.rateLimitStore.urlSecretRef": ("valkey", "url"),
-        "spec.upstreams[0].credentialsSecretRef": ("ses-login", "password"),
+        "spec.upstreams[0].credentialsSecretRef": ("ses-login", "username"),
         "spec.upstreams[1].tls.caSecretRef": ("backup-ca", "ca.crt"),
         "spec.upstreams[1].credentialsSecretRef": ("backup-login", "password"),
         "spec.upstreams[2].credentialsSecretRef": ("gmail-oauth", "password"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hmac
 import itertools
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import scramp
 import trustme
 
 from mailsluice_relay.envelope import Envelope, Mailbox, Message, Recipient
@@ -83,6 +85,9 @@ class ScriptedUpstream:
     implicit_tls: bool = False
     greeting: str = "220 upstream.test ESMTP"
     password: str | None = None
+    mechanisms: str = "PLAIN LOGIN"
+    tokens: set[str] = field(default_factory=set)
+    """The access tokens that XOAUTH2 and OAUTHBEARER let in, for user@example.test."""
     received: list[Received] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     reads: list[bytes] = field(default_factory=list)
@@ -162,7 +167,7 @@ class ScriptedUpstream:
                 if self.tls is not None and not encrypted:
                     offered.append("STARTTLS")
                 if self.password is not None:
-                    offered.append("AUTH PLAIN LOGIN")
+                    offered.append(f"AUTH {self.mechanisms}")
                 words = ["upstream.test", *offered]
                 greeting = "\r\n".join(f"250-{word}" for word in words[:-1])
                 default = f"{greeting}\r\n250 {words[-1]}" if len(words) > 1 else f"250 {words[0]}"
@@ -212,16 +217,47 @@ class ScriptedUpstream:
     async def _authenticate(
         self, line: str, reader: asyncio.StreamReader, say: Callable[[str], Awaitable[None]]
     ) -> None:
-        words = line.split(" ")
-        if words[1] == "PLAIN":
-            given = base64.b64decode(words[2]).decode().split("\0")[2]
-        else:
-            await say("334 VXNlcm5hbWU6")
-            await reader.readuntil(b"\n")
-            await say("334 UGFzc3dvcmQ6")
-            given = base64.b64decode(await reader.readuntil(b"\n")).decode()
-        default = "235 2.7.0 welcome" if given == self.password else "535 5.7.8 wrong"
-        await say(self._answer("AUTH", default))
+        async def ask(challenge: bytes) -> bytes:
+            await say(f"334 {base64.b64encode(challenge).decode()}")
+            return base64.b64decode(await reader.readuntil(b"\n"))
+
+        _, mechanism, *given = line.split(" ")
+        initial = base64.b64decode(given[0]) if given else b""
+        password = (self.password or "").encode()
+        match mechanism:
+            case "PLAIN":
+                is_right = initial.split(b"\0")[2] == password
+            case "LOGIN":
+                await ask(b"Username:")
+                is_right = await ask(b"Password:") == password
+            case "CRAM-MD5":
+                challenge = b"<1896.697170952@upstream.test>"
+                name, _, digest = (await ask(challenge)).partition(b" ")
+                is_right = (name, digest.decode()) == (b"user", hmac.new(password, challenge, "md5").hexdigest())
+            case "SCRAM-SHA-256":
+                is_right = await self._scram(initial, ask)
+            case "XOAUTH2":
+                is_right = initial in {f"user=user@example.test\1auth=Bearer {t}\1\1".encode() for t in self.tokens}
+                if not is_right:
+                    assert await ask(b'{"status":"400","schemes":"Bearer"}') == b""
+            case _:
+                gs2 = "n,a=user@example.test,"
+                is_right = initial in {f"{gs2}\1auth=Bearer {t}\1\1".encode() for t in self.tokens}
+                if not is_right:
+                    assert await ask(b'{"status":"invalid_token"}') == b"\1"
+        await say(self._answer("AUTH", "235 2.7.0 welcome" if is_right else "535 5.7.8 wrong"))
+
+    async def _scram(self, initial: bytes, ask: Callable[[bytes], Awaitable[bytes]]) -> bool:
+        mechanism = scramp.ScramMechanism("SCRAM-SHA-256")
+        known = mechanism.make_auth_info(self.password)
+        server = mechanism.make_server(lambda _name: known)
+        try:
+            server.set_client_first(initial.decode())
+            server.set_client_final((await ask(str(server.get_server_first()).encode())).decode())
+        except scramp.ScramException:
+            return False
+        await ask(str(server.get_server_final()).encode())
+        return True
 
 
 MakeUpstream = Callable[..., Awaitable[ScriptedUpstream]]

@@ -95,8 +95,8 @@ def build(
     uses = secret_uses(relay)
     if facts := [*_not_supported(relay), *_wrong_secrets(relay, uses, secrets)]:
         raise Unusable(facts)
-    upstreams = [upstream for upstream in relay.spec.upstreams if _left_out(upstream, secrets) is None]
-    degraded = tuple(_not_effective(relay, secrets))
+    upstreams = [upstream for upstream in relay.spec.upstreams if left_out(upstream) is None]
+    degraded = tuple(_not_effective(relay))
     if not upstreams:
         raise Unusable(degraded)
     own = _own_users(relay, uses, secrets, hash_password)
@@ -128,7 +128,9 @@ def build(
         ),
         rate_limits=tuple(rate_limit(limit, limit.per) for limit in spec.rate_limits),
         spam=_spam(spec.spam),
-        upstreams=tuple(_upstream(upstream, max(replicas, 1)) for upstream in upstreams),
+        upstreams=tuple(
+            _upstream(upstream, max(replicas, 1), has_grant=_has_grant(upstream, secrets)) for upstream in upstreams
+        ),
         queue=_queue(spec.queue),
         bounces=config.Bounces(address=spec.bounces.address),
         dkim=tuple(
@@ -200,20 +202,9 @@ def _not_supported(relay: SmtpRelay) -> Iterator[Fact]:
         yield Fact("NotYetSupported", f"{item.field}: {item.message}.")
 
 
-def _not_effective(relay: SmtpRelay, secrets: Mapping[str, Secret]) -> Iterator[Fact]:
-    seen = set()
+def _not_effective(relay: SmtpRelay) -> Iterator[Fact]:
     for item in not_yet(relay):
-        seen.add(item.field)
         yield Fact("NotYetSupported", f"{item.field}: {item.message}.")
-    for index, upstream in enumerate(relay.spec.upstreams):
-        why = _left_out(upstream, secrets)
-        if why is not None and (field := f"spec.upstreams[{index}].{why[0]}") not in seen:
-            yield Fact("NotYetSupported", f"{field}: {why[1]}.")
-
-
-def _left_out(upstream: models.Upstream, secrets: Mapping[str, Secret]) -> tuple[str, str] | None:
-    credentials = upstream.credentials_secret_ref
-    return left_out(upstream, has_grant=credentials is not None and is_oauth(secrets[credentials.name].data))
 
 
 def _wrong_secrets(relay: SmtpRelay, uses: tuple[SecretUse, ...], secrets: Mapping[str, Secret]) -> Iterator[Fact]:
@@ -329,13 +320,19 @@ def _queue(queue: models.Queue) -> config.Queue:
 # --- Upstreams --------------------------------------------------------------------------------------------------------
 
 
-def _upstream(upstream: models.Upstream, replicas: int) -> config.Upstream:
+def _has_grant(upstream: models.Upstream, secrets: Mapping[str, Secret]) -> bool:
+    credentials = upstream.credentials_secret_ref
+    return credentials is not None and is_oauth(secrets[credentials.name].data)
+
+
+def _upstream(upstream: models.Upstream, replicas: int, *, has_grant: bool) -> config.Upstream:
     preset = PRESETS.get(upstream.preset) if upstream.preset is not None else None
     host = preset.host_of(upstream.region) if preset is not None else upstream.host
     mode = upstream.tls.mode or (preset.tls if preset is not None else UpstreamTLSMode.START_TLS)
     credentials = upstream.credentials_secret_ref
     limits, match = upstream.limits, upstream.match
-    mechanisms = preset.mechanisms if preset is not None else config.Upstream(name="default").mechanisms
+    of_any_server = OAUTH_MECHANISMS if has_grant else config.Upstream(name="default").mechanisms
+    mechanisms = preset.mechanisms if preset is not None else of_any_server
     return config.Upstream(
         name=upstream.name,
         type=upstream.type,
@@ -344,7 +341,7 @@ def _upstream(upstream: models.Upstream, replicas: int) -> config.Upstream:
         tls=mode,
         ca=_authorities_file(upstream.name) if upstream.tls.ca_secret_ref is not None else None,
         allow_plaintext_authentication=upstream.allow_plaintext_authentication,
-        mechanisms=tuple(name for name in mechanisms if name not in OAUTH_MECHANISMS),
+        mechanisms=tuple(name for name in mechanisms if (name in OAUTH_MECHANISMS) is has_grant),
         credentials=_credentials_name(upstream.name) if credentials is not None else None,
         priority=upstream.priority,
         weight=upstream.weight,
@@ -402,11 +399,14 @@ def _files(
             files[_authorities_file(upstream.name)] = value(f"spec.upstreams[{index}].tls.caSecretRef")
         if upstream.credentials_secret_ref is not None:
             data = secrets[upstream.credentials_secret_ref.name].data
+            name = _credentials_name(upstream.name)
             if is_oauth(data):
+                found = {key: data[key].strip() for key in config.OAUTH_KEYS if key in data}
+                files |= {f"{name}.{key}": value for key, value in found.items() if value}
                 continue
-            files[f"{_credentials_name(upstream.name)}.username"] = data["username"].strip()
+            files[f"{name}.username"] = data["username"].strip()
             # Editors and `kubectl create secret --from-file` leave a line feed, which no password ends with.
-            files[f"{_credentials_name(upstream.name)}.password"] = data["password"].rstrip(b"\r\n")
+            files[f"{name}.password"] = data["password"].rstrip(b"\r\n")
     for index, _ in enumerate(spec.dkim):
         files[_dkim_file(index)] = value(f"spec.dkim[{index}].privateKeySecretRef")
     return files

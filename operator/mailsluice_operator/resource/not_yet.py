@@ -13,7 +13,6 @@ from typing import Final
 import msgspec
 
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, SpamRules, Upstream
-from mailsluice_operator.resource.presets import PRESETS
 from mailsluice_relay.config import IMPLEMENTED_SPAM_RULES, QueueMode, UpstreamType
 
 
@@ -58,24 +57,10 @@ def _upstreams(relay: SmtpRelay) -> Iterator[NotYet]:
             yield NotYet(f"spec.upstreams[{index}].{why[0]}", why[1])
 
 
-def left_out(upstream: Upstream, *, has_grant: bool = False) -> tuple[str, str] | None:
-    """Why the relay cannot deliver to an upstream yet: the field and the message; None if it can.
-
-    `has_grant`: its Secret holds an OAuth grant, which the resource alone does not tell.
-    """
+def left_out(upstream: Upstream) -> tuple[str, str] | None:
+    """Why the relay cannot deliver to an upstream yet: the field and the message; None if it can."""
     if upstream.type is UpstreamType.DIRECT_TO_MX:
         return "type", f"DirectToMX is not there yet: upstream {upstream.name} is left out; use a host or a preset"
-    preset = PRESETS.get(upstream.preset) if upstream.preset is not None else None
-    if preset is not None and preset.is_oauth_only:
-        return (
-            "preset",
-            f"{upstream.preset} takes OAuth alone, which is not there yet: upstream {upstream.name} is left out",
-        )
-    if has_grant:
-        return (
-            "credentialsSecretRef",
-            f"OAuth is not there yet: upstream {upstream.name} is left out; use a password if the provider takes one",
-        )
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from mailsluice_relay.config import UpstreamTLSMode
 
-OAUTH_MECHANISMS: Final = frozenset({"XOAUTH2", "OAUTHBEARER"})
+OAUTH_MECHANISMS: Final = ("XOAUTH2", "OAUTHBEARER")
 _PASSWORD: Final = ("PLAIN", "LOGIN")
 _PASSWORD_OR_OAUTH: Final = ("XOAUTH2", "PLAIN", "LOGIN")
 _OAUTH: Final = ("XOAUTH2",)
@@ -39,7 +39,7 @@ class Preset:
 
     @property
     def is_oauth_only(self) -> bool:
-        return set(self.mechanisms) <= OAUTH_MECHANISMS
+        return set(self.mechanisms) <= set(OAUTH_MECHANISMS)
 
     def host_of(self, region: str | None) -> str | None:
         """The host name to connect to; None when the region is missing or none of this provider."""

@@ -7,11 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from mailsluice_operator.resource.models import SmtpRelay
-from mailsluice_relay.config import ConfigurationError, login_key, parse_htpasswd
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from mailsluice_operator.resource.models import SmtpRelay, Upstream
+from mailsluice_operator.resource.presets import OAUTH_MECHANISMS, PRESETS
+from mailsluice_relay.config import (
+    OAUTH_KEYS,
+    OAUTH_SECRETS,
+    ConfigurationError,
+    OAuthGrant,
+    is_https,
+    login_key,
+    parse_htpasswd,
+)
 
 Data = Mapping[str, bytes]
 """The content of a Secret, decoded."""
@@ -25,6 +40,9 @@ class Purpose(enum.Enum):
 
     USERS = "htpasswd"
     UPSTREAM_CREDENTIALS = "password"
+    """A password or an OAuth grant."""
+    UPSTREAM_PASSWORD = "username"
+    UPSTREAM_GRANT = "grant"
     SERVER_CERTIFICATE = "tls.crt"
     AUTHORITIES = "ca.crt"
     PRIVATE_KEY = "tls.key"
@@ -70,10 +88,21 @@ def _secret_uses(relay: SmtpRelay) -> Iterator[SecretUse]:
             yield SecretUse(field, Purpose.AUTHORITIES, authorities.name, authorities.key)
         if (credentials := upstream.credentials_secret_ref) is not None:
             field = f"spec.upstreams[{index}].credentialsSecretRef"
-            yield SecretUse(field, Purpose.UPSTREAM_CREDENTIALS, credentials.name)
+            yield SecretUse(field, _credentials(upstream), credentials.name)
     for index, signature in enumerate(spec.dkim):
         private = signature.private_key_secret_ref
         yield SecretUse(f"spec.dkim[{index}].privateKeySecretRef", Purpose.PRIVATE_KEY, private.name, private.key)
+
+
+def _credentials(upstream: Upstream) -> Purpose:
+    """Of which kind the server takes them, as far as that is known."""
+    preset = PRESETS.get(upstream.preset) if upstream.preset is not None else None
+    if preset is None:
+        return Purpose.UPSTREAM_CREDENTIALS
+    if preset.is_oauth_only:
+        return Purpose.UPSTREAM_GRANT
+    takes_grants = set(OAUTH_MECHANISMS) & set(preset.mechanisms)
+    return Purpose.UPSTREAM_CREDENTIALS if takes_grants else Purpose.UPSTREAM_PASSWORD
 
 
 def is_oauth(data: Data) -> bool:
@@ -96,9 +125,13 @@ def wrong_content(use: SecretUse, data: Data) -> str | None:
                 other = " and no username and password" if use.given_key is None else ""
                 return f"has no key {use.key}{other}; write one with `mailsluice passwd`"
             return _wrong_htpasswd(use.key, data[use.key])
-        case Purpose.UPSTREAM_CREDENTIALS if is_oauth(data):
-            return _lacks(data, "user", "client-id", "token-url")
-        case Purpose.UPSTREAM_CREDENTIALS:
+        case Purpose.UPSTREAM_GRANT if not is_oauth(data):
+            return "has no key grant: this provider takes OAuth alone; put a grant there instead of a password"
+        case Purpose.UPSTREAM_PASSWORD if is_oauth(data):
+            return "holds an OAuth grant, and this provider takes a password; put username and password there"
+        case Purpose.UPSTREAM_GRANT | Purpose.UPSTREAM_CREDENTIALS if is_oauth(data):
+            return _wrong_grant(data)
+        case Purpose.UPSTREAM_CREDENTIALS | Purpose.UPSTREAM_PASSWORD | Purpose.UPSTREAM_GRANT:
             return _lacks(data, "username", "password")
         case Purpose.SERVER_CERTIFICATE:
             return (
@@ -131,6 +164,43 @@ def _is_text(octets: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _wrong_grant(data: Data) -> str | None:
+    if (lacking := _lacks(data, "grant", "user", "client-id", "token-url")) is not None:
+        return lacking
+    try:
+        kind = OAuthGrant(data["grant"].decode().strip())
+    except ValueError:
+        return f"has something else in the key grant than {', '.join(OAuthGrant)}; write one of them"
+    if not data["user"].decode().strip().isprintable():
+        return "has a control character in the key user; write it anew"
+    if not is_https(data["token-url"].decode().strip()):
+        return "has no https address in the key token-url; credentials are sent there, so put one there"
+    given = [key for key in OAUTH_KEYS if data.get(key, b"").strip()]
+    if (lacking := _lacks(data, OAUTH_SECRETS[kind], *given)) is not None:
+        return lacking
+    return (
+        _wrong_key(data, "private-key", _is_assertion_key, _ASSERTION_KEYS) if kind is OAuthGrant.JWT_BEARER else None
+    )
+
+
+_ASSERTION_KEYS: Final = "RSA of at least 2048 bits or P-256"
+
+
+def _is_assertion_key(key: PrivateKeyTypes) -> bool:
+    """RS256 or ES256 (RFC 7518 section 3.1)."""
+    if isinstance(key, RSAPrivateKey):
+        return key.key_size >= 2048
+    return isinstance(key, EllipticCurvePrivateKey) and isinstance(key.curve, SECP256R1)
+
+
+def _wrong_key(data: Data, key: str, is_right: Callable[[PrivateKeyTypes], bool], kinds: str) -> str | None:
+    try:
+        private = load_pem_private_key(data[key].strip(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it wants a password
+        return f"has no private key in PEM form, without a password, in the key {key}; put it there"
+    return None if is_right(private) else f"has another kind of key in the key {key} than {kinds}; make one of these"
 
 
 def _lacks_pem(data: Data, key: str, marker: bytes, what: str) -> str | None:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import ssl
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, cast
 
 from mailsluice_relay.config import UpstreamTLSMode
+from mailsluice_relay.delivery.oauth import TokenError, Tokens
 from mailsluice_relay.delivery.outcome import (
     Delivered,
     Failed,
@@ -31,7 +33,8 @@ from mailsluice_relay.delivery.outcome import (
     classify,
     session_fault,
 )
-from mailsluice_relay.delivery.target import SUPPORTED_MECHANISMS, Login, Target
+from mailsluice_relay.delivery.sasl import WITH_PASSWORD, WITH_TOKEN, Mechanism, SaslError
+from mailsluice_relay.delivery.target import Login, Target
 from mailsluice_relay.delivery.wire import Capabilities, ReplyParser, WireError, capabilities, dot_stuffed
 from mailsluice_relay.envelope import BodyType, Content, Mailbox, Notify, Recipient
 from mailsluice_relay.reply import Reply
@@ -63,16 +66,19 @@ class Mail:
     envid: str | None = None
 
 
+MAXIMUM_CHALLENGES: Final = 8
+"""Of one AUTH command; SCRAM, the longest, has two."""
+
 SMALL: Final = 64 * 1024
 """Octets of a text that goes in one write: a system call costs more than the copy."""
 
 _NOTIFY_WORDS: Final = ((Notify.SUCCESS, "SUCCESS"), (Notify.FAILURE, "FAILURE"), (Notify.DELAY, "DELAY"))
 
 
-async def connect(target: Target, timeouts: Timeouts) -> Connection:
-    """A session that is ready for mail. Raises Fault."""
+async def connect(target: Target, timeouts: Timeouts, tokens: Tokens | None = None) -> Connection:
+    """A session that is ready for mail. `tokens` are of the target's login, where that is a grant. Raises Fault."""
     try:
-        return await _connect(target, timeouts, with_tls=target.tls is not UpstreamTLSMode.PLAIN)
+        return await _connect(target, timeouts, tokens, with_tls=target.tls is not UpstreamTLSMode.PLAIN)
     except Fault as fault:
         if (
             fault.failure is not FailureClass.TLS
@@ -80,10 +86,10 @@ async def connect(target: Target, timeouts: Timeouts) -> Connection:
             or (target.login is not None and not target.allow_plaintext_authentication)
         ):
             raise
-    return await _connect(target, timeouts, with_tls=False)
+    return await _connect(target, timeouts, tokens, with_tls=False)
 
 
-async def _connect(target: Target, timeouts: Timeouts, *, with_tls: bool) -> Connection:
+async def _connect(target: Target, timeouts: Timeouts, tokens: Tokens | None, *, with_tls: bool) -> Connection:
     implicit = target.tls is UpstreamTLSMode.IMPLICIT_TLS
     loop = asyncio.get_running_loop()
     try:
@@ -107,8 +113,7 @@ async def _connect(target: Target, timeouts: Timeouts, *, with_tls: bool) -> Con
         if with_tls and not implicit:
             await _start_tls(connection, target)
         if target.login is not None:
-            is_private = connection.is_encrypted or target.allow_plaintext_authentication
-            await _authenticate(connection, target, target.login, is_private=is_private)
+            await _authenticate(connection, target, tokens)
     except BaseException:
         connection.abort()
         raise
@@ -125,25 +130,82 @@ async def _start_tls(connection: Connection, target: Target) -> None:
     await connection.start_tls(target.context, target.host, target.hostname)
 
 
-async def _authenticate(connection: Connection, target: Target, login: Login, *, is_private: bool) -> None:
+async def _authenticate(connection: Connection, target: Target, tokens: Tokens | None) -> None:
     stage = Stage.AUTHENTICATION
-    if not is_private:
+    if not connection.is_encrypted and not target.allow_plaintext_authentication:
         raise Fault(FailureClass.TLS, stage, "no TLS, and the password may not go in the clear")
+    known = WITH_TOKEN if tokens is not None else WITH_PASSWORD
     offered = connection.capabilities.mechanisms
-    usable = [name for name in target.mechanisms if name in offered and name in SUPPORTED_MECHANISMS]
+    usable = [name for name in target.mechanisms if name in offered and name in known]
     if not usable:
         text = f"AUTH offers {', '.join(sorted(offered)) or 'nothing'}, and none of {', '.join(target.mechanisms)}"
         raise Fault(FailureClass.AUTHENTICATION, stage, text)
-    if usable[0] == "PLAIN":  # RFC 4616, with the initial response of RFC 4954 section 4
-        lines = [b"AUTH PLAIN " + base64.b64encode(f"\0{login.username}\0{login.password}".encode())]
-    else:
-        lines = [b"AUTH LOGIN", *(base64.b64encode(part.encode()) for part in (login.username, login.password))]
-    for number, line in enumerate(lines):
+    name = usable[0]
+    if tokens is not None:
+        await _authenticate_with_token(connection, name, tokens)
+    elif isinstance(target.login, Login):
+        login = target.login
+        await _exchange(connection, name, lambda: known[name](login.username, login.password), login.password)
+
+
+async def _authenticate_with_token(connection: Connection, name: str, tokens: Tokens) -> None:
+    while True:
+        try:
+            token = await tokens.get()
+        except TokenError as error:
+            text = f"no access token: {error}"
+            raise Fault(FailureClass.AUTHENTICATION, Stage.AUTHENTICATION, text) from error
+        make = functools.partial(WITH_TOKEN[name], tokens.grant.user, token)
+        try:
+            await _exchange(connection, name, make, token)
+            return
+        except Fault as fault:
+            if fault.failure is not FailureClass.AUTHENTICATION:
+                raise
+            if not tokens.refused(token) or not connection.is_usable:
+                raise
+
+
+async def _exchange(connection: Connection, name: str, make: Callable[[], Mechanism], secret: str) -> None:
+    """One AUTH command with what follows (RFC 4954 section 4). Raises Fault, whose text holds nothing that was sent."""
+    stage = Stage.AUTHENTICATION
+    sent = [secret]
+
+    def encoded(octets: bytes) -> bytes:
+        text = base64.b64encode(octets)
+        sent.append(text.decode())
+        return text
+
+    def clean(reply: Reply) -> Reply:
+        text = reply.text
+        for words in sent:  # some servers repeat the line that they do not like
+            text = text.replace(words, "***") if words else text
+        return replace(reply, text=text)
+
+    try:
+        mechanism = make()
+        initial = mechanism.initial()
+        line = f"AUTH {name}".encode()
+        if initial is not None:
+            line += b" " + (encoded(initial) or b"=")
         reply = await connection.command(line, stage)
-        if number < len(lines) - 1 and reply.code != 334:
-            raise session_fault(stage, reply)
-    if reply.code != 235:
-        raise session_fault(stage, reply)
+        for _ in range(MAXIMUM_CHALLENGES):
+            if reply.code != 334:
+                break
+            response = mechanism.respond(_decoded(reply.text))
+            reply = await connection.command(encoded(response), stage)
+        if reply.code != 235:
+            raise session_fault(stage, clean(reply))
+        mechanism.succeeded()
+    except SaslError as error:
+        raise Fault(FailureClass.AUTHENTICATION, stage, f"{stage}: {error}") from error
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return text.encode()  # LOGIN's questions in the clear: nobody reads them
 
 
 class Connection(asyncio.Protocol):

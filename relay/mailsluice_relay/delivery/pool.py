@@ -16,6 +16,7 @@ from typing import Final
 from mailsluice_relay.config import UpstreamLimits
 from mailsluice_relay.delivery.breaker import Breaker
 from mailsluice_relay.delivery.client import Connection, Mail, Timeouts, connect
+from mailsluice_relay.delivery.oauth import Grant, Tokens
 from mailsluice_relay.delivery.outcome import Delivered, FailureClass, Fault, Outcome, Retry, Stage
 from mailsluice_relay.delivery.pace import Pace
 from mailsluice_relay.delivery.target import Target
@@ -64,6 +65,8 @@ class Pool:
         self._on_up = on_up
         self._on_throttled = on_throttled
         self._timeouts = timeouts or Timeouts()
+        login = target.login
+        self._tokens = Tokens(login, now=clocks.now, monotonic=clocks.monotonic) if isinstance(login, Grant) else None
         self._pace = Pace(limits)
         self._breaker = Breaker(clocks.random)
         self._slots = asyncio.Semaphore(limits.connections)
@@ -167,7 +170,7 @@ class Pool:
     async def _connect(self) -> Connection:
         self._open += 1
         try:
-            return await connect(self.target, self._timeouts)
+            return await connect(self.target, self._timeouts, self._tokens)
         except BaseException as error:
             self._open -= 1
             if isinstance(error, Fault):
@@ -225,7 +228,7 @@ class Pool:
 
     def _redacted(self, text: str) -> str:
         login = self.target.login
-        return text if login is None else text.replace(login.password, "***")
+        return text if login is None else login.redacted(text)
 
     def probe(self, *, at_once: bool = False) -> None:
         """Look until the upstream is up; `at_once` also where the next look is only due later."""
@@ -273,6 +276,8 @@ class Pool:
             timer.cancel()
             self._say_goodbye(connection)
         self._idle.clear()
+        if self._tokens is not None:
+            await self._tokens.close()
         if self._farewells:
             await asyncio.wait(list(self._farewells))
 

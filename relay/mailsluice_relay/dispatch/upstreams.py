@@ -233,8 +233,9 @@ def mailbox_of(address: str | None) -> Mailbox | None:
 
 def _recipe(configuration: Configuration, credentials: Credentials, upstream: Upstream) -> object:
     """Everything that a pool is made from."""
-    files = [upstream.ca, f"{upstream.credentials}.username", f"{upstream.credentials}.password"]
-    return configuration.hostname, upstream, [credentials.get(file) for file in files if file is not None]
+    own = [] if upstream.credentials is None else [f"{upstream.credentials}."]
+    files = {name: value for name, value in credentials.items() if name == upstream.ca or name.startswith(tuple(own))}
+    return configuration.hostname, upstream, files
 
 
 def _nowhere(text: str, resumes_in: float) -> Result:
