@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.resource.status import (
@@ -24,6 +24,14 @@ MAXIMUM_MESSAGE: Final = 4096
 """Characters of a condition's message that people still read; the schema would take more."""
 
 
+class UpstreamDown(NamedTuple):
+    """An upstream that takes no mail from a pod now, and the last error."""
+
+    name: str
+    error: str
+    refuses_login: bool = False
+
+
 @dataclass(frozen=True)
 class PodView:
     """What a relay's pod told about itself, or that it did not answer (revision None)."""
@@ -34,8 +42,7 @@ class PodView:
     revision: str | None = None
     draining: bool = False
     queued: int | None = None
-    upstreams_down: tuple[tuple[str, str], ...] = ()
-    """Upstreams that take no mail now, with the last error."""
+    upstreams_down: tuple[UpstreamDown, ...] = ()
     unschedulable: str | None = None
 
 
@@ -171,14 +178,17 @@ def _reconciling(view: RelayView, current: int) -> tuple[bool, Fact]:
 
 def _degraded(view: RelayView) -> list[Fact]:
     found = list(view.degraded)
-    down: dict[str, str] = {}
+    down: dict[str, UpstreamDown] = {}
     for pod in view.pods:
-        down |= dict(pod.upstreams_down)
+        down |= {upstream.name: upstream for upstream in pod.upstreams_down}
         if pod.unschedulable is not None:
             found.append(Fact("PodsUnschedulable", f"Pod {pod.name} finds no node: {pod.unschedulable}"))
-    found += [
-        Fact("UpstreamUnreachable", f"Upstream {name} takes no mail: {error}") for name, error in sorted(down.items())
-    ]
+    for name, upstream in sorted(down.items()):
+        if upstream.refuses_login:
+            words = f"Upstream {name} refuses the login in its credentialsSecretRef: {upstream.error}"
+            found.append(Fact("UpstreamAuthenticationFailed", words))
+        else:
+            found.append(Fact("UpstreamUnreachable", f"Upstream {name} takes no mail: {upstream.error}"))
     return found
 
 

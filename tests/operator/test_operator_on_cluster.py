@@ -331,7 +331,7 @@ def test_an_upstream_that_is_down_degrades_but_the_relay_stays_ready(
     pod.answer["upstreams"] = {"provider": {"up": False, "last_error": "connection refused"}}
     eventually(lambda: exists(settled, "pod/out-0"))
     play_kubelet(settled, "out-0", pod.address)
-    eventually(lambda: condition(settled, "Degraded")[:2] == ("True", "UpstreamUnreachable"))
+    eventually(lambda: condition(settled, "Degraded")[:2] == ("True", "UpstreamUnreachable"), 20)
     assert "provider takes no mail: connection refused" in condition(settled, "Degraded")[2]
     assert is_true(settled, "Ready")
 

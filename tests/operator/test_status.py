@@ -9,7 +9,7 @@ import pytest
 
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.resource.status import Condition, SmtpRelayStatus, SmtpUserStatus
-from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status, user_status
+from mailsluice_operator.status import PodView, RelayView, UpstreamDown, endpoints, relay_status, user_status
 
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 LATER = NOW + datetime.timedelta(hours=1)
@@ -60,7 +60,10 @@ HEALTHY = {
         ({"invalid": Fact("SecretNotFound", "x")}, {"Stalled": "True", "ConfigurationValid": "False"}),
         ({"blocked": Fact("NameTaken", "x")}, {"Stalled": "True"}),
         ({"degraded": (Fact("QueueOld", "x"),)}, {"Degraded": "True"}),
-        ({"pods": (PodView(name="a", ready=True, revision="r1", upstreams_down=(("u", "e"),)),)}, {"Degraded": "True"}),
+        (
+            {"pods": (PodView(name="a", ready=True, revision="r1", upstreams_down=(UpstreamDown("u", "e"),)),)},
+            {"Degraded": "True"},
+        ),
         ({"paused": True}, {"Paused": "True"}),
         ({"deleting": Fact("Draining", "x")}, {"Ready": "False", "Reconciling": "True"}),
         (
@@ -139,3 +142,13 @@ def test_a_refused_user_is_neither_accepted_nor_ready_and_gets_no_login() -> Non
     assert (of(waiting, "Accepted").status, of(waiting, "Ready").status) == ("True", "False")
     ready = user_status(waiting, refused=None, unready=None, **common)
     assert (of(ready, "Ready").status, ready.login, ready.secret_name) == ("True", "a@b.test", "a-smtp")
+
+
+@pytest.mark.parametrize(
+    ("refuses", "reason"), [(False, "UpstreamUnreachable"), (True, "UpstreamAuthenticationFailed")]
+)
+def test_an_upstream_that_refuses_the_login_is_told_apart(refuses: bool, reason: str) -> None:
+    pod = PodView(name="a", ready=True, revision="r1", upstreams_down=(UpstreamDown("provider", "no", refuses),))
+    found = of(status(pods=(pod, CURRENT)), "Degraded")
+    assert found.reason == reason
+    assert "provider" in found.message

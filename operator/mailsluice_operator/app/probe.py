@@ -7,6 +7,7 @@ import msgspec
 
 from mailsluice_operator.reconcile.context import PodReport
 from mailsluice_operator.resource.models import HTTP_PORT
+from mailsluice_operator.status import UpstreamDown
 
 TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 """A pod that a NetworkPolicy hides must not hold up the reconcile of its relay."""
@@ -23,6 +24,7 @@ class _Queue(msgspec.Struct):
 class _Upstream(msgspec.Struct):
     up: bool = True
     last_error: str = ""
+    failure: str | None = None
 
 
 class _Readiness(msgspec.Struct):
@@ -53,6 +55,8 @@ class PodProbe:
             draining=answer.draining,
             queued=queue.active + queue.deferred + queue.held if queue is not None else None,
             upstreams_down=tuple(
-                (name, state.last_error) for name, state in sorted(answer.upstreams.items()) if not state.up
+                UpstreamDown(name, state.last_error, refuses_login=state.failure == "authentication")
+                for name, state in sorted(answer.upstreams.items())
+                if not state.up
             ),
         )

@@ -14,7 +14,7 @@ from mailsluice_operator.cluster.events import Recent
 from mailsluice_operator.cluster.objects import NAMESPACE, Object, Reference
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.reconcile.index import Index
-from mailsluice_operator.status import timestamp
+from mailsluice_operator.status import UpstreamDown, timestamp
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class PodReport:
     revision: str
     draining: bool
     queued: int | None
-    upstreams_down: tuple[tuple[str, str], ...] = ()
+    upstreams_down: tuple[UpstreamDown, ...] = ()
 
 
 Probe = Callable[[str], Awaitable[PodReport | None]]

@@ -17,6 +17,8 @@ FRESH: Final = 30.0
 """Seconds for which a pod's report is good enough, so that queue counts do not write a status every moment."""
 FRESH_WHILE_CHANGING: Final = 2.0
 """The same while a pod still has to take up a configuration or to empty its queue."""
+FRESH_SILENCE: Final = 10.0
+"""The same for no answer: the pod has just started, or a NetworkPolicy hides it and each try takes two seconds."""
 _UNSCHEDULABLE: Final = ("PodScheduled", "False", "Unschedulable")
 
 
@@ -63,8 +65,9 @@ class Pods:
         answer = answers.get(pod["metadata"]["uid"])
         if answer is None:
             return True
-        behind = answer.report is not None and answer.report.revision != revision
-        return now - answer.at >= (FRESH_WHILE_CHANGING if changing or behind else FRESH)
+        if answer.report is None:
+            return now - answer.at >= FRESH_SILENCE
+        return now - answer.at >= (FRESH_WHILE_CHANGING if changing or answer.report.revision != revision else FRESH)
 
     async def nudge(self, relay: Key, revision: str) -> None:
         """Patch an annotation of each running pod once a revision: the kubelet then refreshes its mounts at once.
@@ -108,13 +111,14 @@ def _address(pod: Object) -> str:
 def _view(pod: Object, answer: _Answer | None) -> PodView:
     report = answer.report if answer is not None else None
     unschedulable = None
-    for condition in pod["status"].get("conditions") or ():
+    running = pod["status"].get("phase") == "Running"  # the scheduler may have written last, all the same
+    for condition in () if running else pod["status"].get("conditions") or ():
         if (condition["type"], condition["status"], condition.get("reason")) == _UNSCHEDULABLE:
             unschedulable = condition.get("message") or "no reason given"
     return PodView(
         name=pod["metadata"]["name"],
         ready=is_ready(pod),
-        running=pod["status"].get("phase") == "Running",
+        running=running,
         revision=report.revision if report is not None else None,
         draining=report is not None and report.draining,
         queued=report.queued if report is not None else None,

@@ -39,7 +39,7 @@ from mailsluice_operator.cluster.objects import (
 )
 from mailsluice_operator.reconcile import secrets, users
 from mailsluice_operator.reconcile.context import Context, Key
-from mailsluice_operator.reconcile.pods import FRESH, FRESH_WHILE_CHANGING, Pods, drained, is_ready
+from mailsluice_operator.reconcile.pods import FRESH, FRESH_SILENCE, FRESH_WHILE_CHANGING, Pods, drained, is_ready
 from mailsluice_operator.reconcile.workload import Workload
 from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwanted, ensure_child, write_status
 from mailsluice_operator.resource.models import SmtpRelay, relay_from
@@ -448,7 +448,9 @@ class RelayReconciler:
             return None
         behind = any(pod.revision is not None and pod.revision != view.revision for pod in view.pods)
         waiting = any(fact.reason == "QueueNotDrained" for fact in view.degraded)
-        return FRESH_WHILE_CHANGING if behind or waiting else FRESH
+        if behind or waiting:
+            return FRESH_WHILE_CHANGING
+        return FRESH_SILENCE if any(pod.running and pod.revision is None for pod in view.pods) else FRESH
 
 
 def _way_to(relay: SmtpRelay, workload: Workload) -> tuple[SmtpRelay, int]:
