@@ -35,20 +35,26 @@ lint: setup ## style, types, layers, and whether generated files are current
 	$(BIN)/mypy
 	$(BIN)/mypy -p benchmarks
 	MYPYPATH=tests/cluster $(BIN)/mypy --explicit-package-bases tests/cluster
+	MYPYPATH=tests/interop $(BIN)/mypy --explicit-package-bases tests/interop/test_dialogues.py
 	$(BIN)/lint-imports
 	@wanted=$$(mktemp -d); trap "rm -rf $$wanted" EXIT; $(BIN)/python -m mailsluice_operator.resource.crd $$wanted >/dev/null; \
 	  diff -ru crds $$wanted || { echo 'crds/ is not what the models say: make crds'; exit 1; }
 
 .PHONY: test
 test: lint ## lint, then every test that needs no root, those with a Kubernetes API server included
-	$(PYTEST) -m "not node"
+	$(PYTEST) -m "not node and not interop"
 
 .PHONY: test-node
 test-node: setup ## the tests on a real one-node cluster (root)
 	$(PYTEST) -m node
 
+.PHONY: test-interop
+test-interop: setup ## against other mail software: Postfix, Exim, OpenSMTPD (root)
+	tools/interop-servers
+	$(PYTEST) -m interop tests/interop
+
 .PHONY: test-all
-test-all: test test-node ## everything (root)
+test-all: test test-interop test-node ## everything (root)
 
 FUZZ := $(BIN)/python tests/fuzz/fuzz_engine.py build/fuzz tests/fuzz/corpus -artifact_prefix=build/fuzz- -timeout=20 -max_len=4096
 
@@ -81,6 +87,11 @@ image: ## build both container images as OCI archives in build/images (root, bui
 .PHONY: crds
 crds: setup ## write crds/ from the models
 	$(BIN)/python -m mailsluice_operator.resource.crd crds
+
+.PHONY: dialogues
+dialogues: setup ## write docs/dialogue-differences.md from what the other servers answer (root)
+	tools/interop-servers
+	$(BIN)/python tests/interop/differences.py
 
 .PHONY: lock
 lock: setup ## resolve pyproject.toml into the lock files again

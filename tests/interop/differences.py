@@ -78,7 +78,7 @@ def render(dialogues: Sequence[Dialogue], comparisons: Mapping[str, Comparison])
     lines = [
         "# Where other servers answer otherwise",
         "",
-        "<!-- Written by tests/interop/differences.py (make dialogue-differences) from the dialogues; do not edit. -->",
+        "<!-- Written by tests/interop/differences.py (make dialogues) from the dialogues; do not edit. -->",
         "",
         f"{len(dialogues)} dialogues (tests/interop/dialogues) are played into Mailsluice and into Debian's servers,",
         "each with the same listeners, login and limits and otherwise as its makers ship it. A row is a dialogue in",

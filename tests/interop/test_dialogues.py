@@ -70,7 +70,7 @@ def test_nothing_is_justified_that_is_no_difference(
 @pytest.mark.interop
 def test_the_page_is_current(comparisons: Mapping[str, differences.Comparison]) -> None:
     assert differences.render(DIALOGUES, comparisons) == differences.PAGE.read_text(), (
-        "docs/dialogue-differences.md is not what was measured: make dialogue-differences"
+        "docs/dialogue-differences.md is not what was measured: make dialogues"
     )
 
 
