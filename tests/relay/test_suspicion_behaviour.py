@@ -30,7 +30,7 @@ def test_bounds() -> None:
     behaviour, history = Behaviour(), History(maximum=10)
     for number in range(MAXIMUM_VALUES + 50):
         behaviour.networks.add(str(number), 60.0, 1.0)
-        behaviour.body(str(number).encode()).add(1, 60.0, 1.0)
+        behaviour.body(number).add(1, 60.0, 1.0)
         history.of(str(number))
     assert behaviour.networks.add("last", 60.0, 1.0) == MAXIMUM_VALUES
     assert len(behaviour.bodies) == MAXIMUM_VALUES

@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import Final
 
 END: Final = b"\r\n.\r\n"
+DOT: Final = END[:3]
+"""A dot at the beginning of a line: stuffed, or the end."""
 _PREFIXES: Final = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r")
 """What END may have begun with, longest first."""
 
@@ -44,33 +46,36 @@ class DataReader:
             # The text begins as if after a CR LF, the DATA command's own. Mostly it is here in one piece:
             if data.startswith(b".\r\n", start):
                 return b"", start + 3
-            end = data.find(END, start)
+            dot = data.find(DOT, start)  # rare, and there is no END without it
+            end = data.find(END, dot) if dot >= 0 else -1
             if end >= 0:
                 first = start + 1 if data.startswith(b".", start) else start
-                return self._clean(data[first : end + 2], last=True), end + 5
+                return self._clean(data[first : end + 2], last=True, stuffed=dot < end), end + 5
             if start == len(data):
                 return b"", -1
             held = END[:2]
             self._trim = 2
         work = held + data[start:]
-        end = work.find(END)
+        dot = work.find(DOT)
+        end = work.find(END, dot) if dot >= 0 else -1
         if end >= 0:
-            return self._give(work[: end + 2], last=True), start + end + 5 - len(held)
+            return self._give(work[: end + 2], last=True, stuffed=dot < end), start + end + 5 - len(held)
         keep = next((len(prefix) for prefix in _PREFIXES if work.endswith(prefix)), 0)
         self._held = work[len(work) - keep :]
-        return self._give(work[: len(work) - keep], last=False), -1
+        return self._give(work[: len(work) - keep], last=False, stuffed=dot >= 0), -1
 
-    def _give(self, piece: bytes, *, last: bool) -> bytes:
+    def _give(self, piece: bytes, *, last: bool, stuffed: bool) -> bytes:
         if not piece:
             return b""
-        text = self._clean(piece, last=last)
+        text = self._clean(piece, last=last, stuffed=stuffed)
         self._before = piece[-1:]
         if self._trim:
             text = text[self._trim :]
             self._trim = 0
         return text
 
-    def _clean(self, piece: bytes, *, last: bool) -> bytes:
+    def _clean(self, piece: bytes, *, last: bool, stuffed: bool) -> bytes:
+        """`stuffed`: a line may begin with a dot."""
         if self.defective:
             return b""
         pairs = piece.count(b"\r\n")
@@ -79,7 +84,7 @@ class DataReader:
         if disputed or b"\0" in piece or (alone and not self._normalize):
             self.defective = True
             return b""
-        if b"\r\n." in piece:
+        if stuffed:
             piece = piece.replace(b"\r\n.", b"\r\n")
         if alone:
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")

@@ -54,7 +54,7 @@ class LocalProtocolError(Exception):
     """The driver did what the rules at the head of this file forbid."""
 
 
-class State(enum.Enum):
+class State(enum.IntEnum):
     """What the engine does with the next octets."""
 
     COMMAND = enum.auto()
@@ -68,7 +68,7 @@ class State(enum.Enum):
     """Nothing: they are dropped."""
 
 
-class Phase(enum.Enum):
+class Phase(enum.IntEnum):  # an int, as keys of SEQUENCE are hashed for every command
     """How far the session has come."""
 
     CONNECTED = enum.auto()

@@ -14,6 +14,7 @@ import datetime
 import email.errors
 import email.header
 import email.utils
+import functools
 import itertools
 import re
 import unicodedata
@@ -169,9 +170,7 @@ def authors(fields: Iterable[Field], *, internationalized: bool) -> tuple[Author
             text = field.value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise HeaderError(f"the field {field.key} is neither ASCII nor UTF-8") from error
-        addresses = _AddressList(text, field.key).parse()
-        if not addresses:
-            raise HeaderError(f"the field {field.key} has no address")
+        addresses = _remembered(text, field.key) if len(text) <= _SHORT else _addresses(text, field.key)
         for author in addresses:
             if author.mailbox.is_internationalized and not internationalized:
                 raise HeaderError(f"an address in the field {field.key} is not ASCII; give SMTPUTF8 with MAIL")
@@ -179,6 +178,19 @@ def authors(fields: Iterable[Field], *, internationalized: bool) -> tuple[Author
         if len(found) > MAXIMUM_AUTHORS:
             raise HeaderError(f"it names more than {MAXIMUM_AUTHORS} authors")
     return tuple(found)
+
+
+def _addresses(text: str, key: str) -> tuple[Author, ...]:
+    """Raises HeaderError."""
+    found = tuple(_AddressList(text, key).parse())
+    if not found:
+        raise HeaderError(f"the field {key} has no address")
+    return found
+
+
+_SHORT = 256
+"""Characters of an author field that is remembered: programs send with the same few all day."""
+_remembered = functools.lru_cache(2048)(_addresses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,7 +465,7 @@ def prepare(
     the mark for receivers; empty for none. Every other field stays octet for octet, for the sake of signatures.
     """
     present = {field.key for field in fields}
-    date = email.utils.format_datetime(datetime.datetime.fromtimestamp(int(trace.date), datetime.UTC))
+    date = _date(int(trace.date))
     lines = [_received(trace, date)]
     if suspected:
         lines.append(f"{SUSPECTED_FIELD}: {suspected}\r\n".encode("ascii", "backslashreplace"))
@@ -465,6 +477,12 @@ def prepare(
     if "message-id" not in present:
         lines.append(f"Message-ID: <{trace.queue_id}@{trace.hostname}>\r\n".encode())
     return b"".join(lines)
+
+
+@functools.lru_cache(4)
+def _date(seconds: int) -> str:
+    """RFC 5322 section 3.3."""
+    return email.utils.format_datetime(datetime.datetime.fromtimestamp(seconds, datetime.UTC))
 
 
 _HELLO = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")

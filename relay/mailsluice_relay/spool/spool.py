@@ -48,6 +48,7 @@ class Quota:
 class Spool:
     def __init__(self, directory: Path, quota: Quota) -> None:
         self._directory = directory
+        self._incoming = directory / INCOMING
         self.quota = quota
         self._reserved_messages = 0
         self._reserved_octets = 0
@@ -116,7 +117,7 @@ class Spool:
 
     # --- messages -----------------------------------------------------------------------------------------------------
     def new_content(self) -> ContentWriter:
-        return ContentWriter(self._directory / INCOMING)
+        return ContentWriter(self._incoming)
 
     async def put(self, message: Message) -> Entry:
         """Make a message durable. Raises SpoolFull or SpoolError, and then nothing of it is kept.

@@ -61,9 +61,9 @@ class Behaviour:
 
     recipients: WindowCount = field(default_factory=WindowCount)
     networks: WindowSet = field(default_factory=WindowSet)
-    bodies: OrderedDict[bytes, WindowCount] = field(default_factory=OrderedDict)
+    bodies: OrderedDict[int, WindowCount] = field(default_factory=OrderedDict)
 
-    def body(self, digest: bytes) -> WindowCount:
+    def body(self, digest: int) -> WindowCount:
         """The recipients of one body."""
         count = self.bodies.setdefault(digest, WindowCount())
         self.bodies.move_to_end(digest)

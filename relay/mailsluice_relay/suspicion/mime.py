@@ -56,7 +56,10 @@ class Part:
 def parts(fields: Iterable[Field], body: bytes) -> Iterator[Part]:
     """The leaves in order, of a message with these header fields; `body` is possibly cut."""
     own = [(field.key.encode(), field.value) for field in fields if field.key.startswith("content-")]
-    yield from _walk(own, body, 0, [MAXIMUM_PARTS])
+    if own:
+        yield from _walk(own, body, 0, [MAXIMUM_PARTS])
+    else:
+        yield Part("text/plain", "", "", body)  # RFC 2045 section 5.2
 
 
 def _walk(fields: Iterable[tuple[bytes, bytes]], body: bytes, depth: int, budget: list[int]) -> Iterator[Part]:

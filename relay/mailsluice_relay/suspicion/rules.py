@@ -7,7 +7,6 @@ thresholds say what a sum means. A new rule is a function and a line in RULES, i
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,15 +119,15 @@ _SHORT_BODY = 32
 def same_body_fan_out(mail: Mail, settings: SpamRule) -> Observation | None:
     """One text to more than `limit` recipients within `window`; digits, blanks and case do not make another text."""
     limit, window = _limit_and_window(settings)
-    digest = hashlib.blake2b(digest_size=16)
-    octets = 0
+    octets, texts = 0, []
     for part in mail.parts:
         same = part.payload.translate(_LOWER, _VARYING)
         octets += len(same)
-        digest.update(same)
+        texts.append(hash(same))
     if octets < _SHORT_BODY:  # "test", "OK": sent by many programs again and again
         return None
-    count = mail.behaviour.body(digest.digest())
+    # Python's own hash: keyed anew in each process, where all of these counts live, and five times as fast as BLAKE2b.
+    count = mail.behaviour.body(hash(tuple(texts)))
     return _over(count.add(mail.recipients, window, mail.now), "recipients of one text", limit, window)
 
 
@@ -154,14 +153,17 @@ SHORTENERS: Final = frozenset(
 )
 """Hosts that hide where a link goes."""
 
-_HOST_OF_LINK = re.compile(rb"https?://(?:[^\s/@<>\"']*@)?([A-Za-z0-9.-]{1,253})", re.IGNORECASE)
+# Begins with a literal, which `re` finds as fast as bytes.find; the scheme is looked at afterwards.
+_HOST_OF_LINK = re.compile(rb"://(?:[^\s/@<>\"']*@)?([A-Za-z0-9.-]{1,253})")
+_SCHEMES = (b"http", b"https")
 
 
 def link_shortener(mail: Mail, settings: SpamRule) -> Observation | None:
     """A link whose host hides where it goes."""
-    for host in _HOST_OF_LINK.findall(mail.text):
-        name = host.decode("ascii").lower().strip(".").removeprefix("www.")
-        if name in SHORTENERS:
+    text = mail.text
+    for found in _HOST_OF_LINK.finditer(text):
+        name = found[1].decode("ascii").lower().strip(".").removeprefix("www.")
+        if name in SHORTENERS and text[max(0, found.start() - 5) : found.start()].lower().endswith(_SCHEMES):
             return Observation(name)
     return None
 
