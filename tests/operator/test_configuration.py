@@ -66,6 +66,7 @@ def messages(spec: dict[str, Any], **secrets: Secret) -> list[str]:
 
 
 WITH_USERS = {"authentication": {"users": [{"secretRef": {"name": "users"}}]}}
+WITH_DKIM = {"dkim": [{"domain": "example.test", "selector": "s1", "privateKeySecretRef": {"name": "s"}}]}
 WITH_LOGIN = {"upstreams": [{**UPSTREAM, "credentialsSecretRef": {"name": "login"}}]}
 
 
@@ -108,6 +109,32 @@ def test_durations_and_sizes_become_seconds_and_octets() -> None:
     assert (configuration.queue.lifetime, configuration.queue.maximum_bytes) == (5400.0, 900_000_000)
     (limit,) = configuration.rate_limits
     assert (limit.limit, limit.burst, limit.window, limit.per) == (2_000_000_000, 500, 86400.0, RateLimitKey.USER)
+
+
+def test_the_stores_url_goes_to_the_credentials_and_nowhere_else() -> None:
+    spec = {
+        "rateLimitStore": {
+            "urlSecretRef": {"name": "valkey"},
+            "caSecretRef": {"name": "authority"},
+            "onFailure": "Defer",
+        }
+    }
+    url, certificate = "rediss://user:sesame@valkey.test:6379/0", "-----BEGIN CERTIFICATE-----\n"
+    made = built(spec, valkey=secret(url=f"{url}\n"), authority=secret(**{"ca.crt": certificate}))
+    store = made.configuration.rate_limit_store
+    assert store is not None
+    assert store.on_failure == "Defer"
+    assert made.files[f"{store.credentials}.url"] == url.encode()
+    assert made.files[str(store.ca)] == certificate.encode()
+    assert b"sesame" not in msgspec.json.encode(made.configuration)
+    assert made.degraded == ()
+
+
+def test_what_is_no_url_of_a_store_is_told_without_showing_it() -> None:
+    spec = {"rateLimitStore": {"urlSecretRef": {"name": "valkey"}}}
+    with pytest.raises(Unusable, match=r"Secret mail/valkey key url is not the URL of a store") as error:
+        built(spec, valkey=secret(url="valkey.test:6379?sesame"))
+    assert "sesame" not in str(error.value)
 
 
 # --- Users ------------------------------------------------------------------------------------------------------------
@@ -328,7 +355,7 @@ def test_authorities_and_signing_keys_are_files() -> None:
         spec,
         clients=secret(ca_crt=PEM_CERTIFICATE),
         backup=secret(bundle_pem=PEM_CERTIFICATE),
-        dkim=secret(tls_key=PEM_KEY),
+        dkim=secret(tls_key=ED25519),
     )
     assert result.configuration.tls.client_ca == "client-ca.crt"
     assert result.configuration.upstreams[0].ca == "upstream-provider.ca.crt"
@@ -405,6 +432,9 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
             "has no private key in PEM",
         ),
         ({"tls": {"clientCASecretRef": {"name": "s"}}}, {"other": "x"}, "has no key ca.crt; add it."),
+        (WITH_DKIM, {"other": "x"}, "has no key tls.key; add it."),
+        (WITH_DKIM, {"tls_key": PEM_KEY}, "has no private key in PEM form, without a password, in the key tls.key"),
+        (WITH_DKIM, {"tls_key": P256}, "has another kind of key in the key tls.key than RSA of at least 1024 bits or"),
     ],
 )
 def test_wrong_content_is_told_without_showing_it(
@@ -449,7 +479,7 @@ def test_the_full_example_can_be_built() -> None:
         "backup-ca": secret(ca_crt=PEM_CERTIFICATE),
         "backup-login": login,
         "gmail-oauth": grant(),
-        "dkim-example": secret(tls_key=PEM_KEY),
+        "dkim-example": secret(tls_key=ED25519),
     }
     result = build(relay_from(admitted(example)), secrets=secrets, server=SERVER)
     assert [upstream.name for upstream in result.configuration.upstreams] == ["ses", "backup", "finance"]

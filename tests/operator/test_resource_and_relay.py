@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
@@ -48,7 +50,9 @@ CONTENT: dict[Purpose, dict[str, bytes]] = {
     },
     Purpose.SERVER_CERTIFICATE: {"tls.crt": CERTIFICATE, "tls.key": KEY},
     Purpose.AUTHORITIES: {"ca.crt": CERTIFICATE},
-    Purpose.PRIVATE_KEY: {"tls.key": KEY},
+    Purpose.SIGNING_KEY: {
+        "tls.key": Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    },
     Purpose.URL: {"url": b"redis://valkey:6379/0"},
 }
 

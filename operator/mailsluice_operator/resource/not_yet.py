@@ -86,11 +86,6 @@ def _authentication(relay: SmtpRelay) -> Iterator[NotYet]:
         yield NotYet("spec.authentication.serviceAccountTokens", "login with a token is not there yet; use SmtpUser")
 
 
-def _rate_limit_store(relay: SmtpRelay) -> Iterator[NotYet]:
-    if relay.spec.rate_limit_store is not None:
-        yield NotYet("spec.rateLimitStore", "replicas do not count together yet: rateLimits hold for each replica")
-
-
 def _spam(relay: SmtpRelay) -> Iterator[NotYet]:
     for field in msgspec.structs.fields(SpamRules):
         given = getattr(relay.spec.spam.rules, field.name)
@@ -100,11 +95,6 @@ def _spam(relay: SmtpRelay) -> Iterator[NotYet]:
             )
     for index, engine in enumerate(relay.spec.spam.engines):
         yield NotYet(f"spec.spam.engines[{index}]", f"engines are not asked yet: {engine.name} sees no mail")
-
-
-def _mail(relay: SmtpRelay) -> Iterator[NotYet]:
-    if relay.spec.dkim:
-        yield NotYet("spec.dkim", "mail is not signed yet; let the upstream sign it")
 
 
 def _cluster(relay: SmtpRelay) -> Iterator[NotYet]:
@@ -128,8 +118,6 @@ _LOOKS: Final[tuple[Callable[[SmtpRelay], Iterator[NotYet]], ...]] = (
     _upstreams,
     _tls,
     _authentication,
-    _rate_limit_store,
     _spam,
-    _mail,
     _cluster,
 )

@@ -12,6 +12,7 @@ from typing import Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -26,6 +27,7 @@ from mailsluice_relay.config import (
     is_https,
     login_key,
     parse_htpasswd,
+    parse_store_url,
 )
 
 Data = Mapping[str, bytes]
@@ -45,7 +47,7 @@ class Purpose(enum.Enum):
     UPSTREAM_GRANT = "grant"
     SERVER_CERTIFICATE = "tls.crt"
     AUTHORITIES = "ca.crt"
-    PRIVATE_KEY = "tls.key"
+    SIGNING_KEY = "tls.key"
     URL = "url"
 
 
@@ -82,6 +84,9 @@ def _secret_uses(relay: SmtpRelay) -> Iterator[SecretUse]:
     if spec.rate_limit_store is not None:
         url = spec.rate_limit_store.url_secret_ref
         yield SecretUse("spec.rateLimitStore.urlSecretRef", Purpose.URL, url.name, url.key)
+        if (authorities := spec.rate_limit_store.ca_secret_ref) is not None:
+            field = "spec.rateLimitStore.caSecretRef"
+            yield SecretUse(field, Purpose.AUTHORITIES, authorities.name, authorities.key)
     for index, upstream in enumerate(spec.upstreams):
         if (authorities := upstream.tls.ca_secret_ref) is not None:
             field = f"spec.upstreams[{index}].tls.caSecretRef"
@@ -91,7 +96,7 @@ def _secret_uses(relay: SmtpRelay) -> Iterator[SecretUse]:
             yield SecretUse(field, _credentials(upstream), credentials.name)
     for index, signature in enumerate(spec.dkim):
         private = signature.private_key_secret_ref
-        yield SecretUse(f"spec.dkim[{index}].privateKeySecretRef", Purpose.PRIVATE_KEY, private.name, private.key)
+        yield SecretUse(f"spec.dkim[{index}].privateKeySecretRef", Purpose.SIGNING_KEY, private.name, private.key)
 
 
 def _credentials(upstream: Upstream) -> Purpose:
@@ -141,10 +146,10 @@ def wrong_content(use: SecretUse, data: Data) -> str | None:
             )
         case Purpose.AUTHORITIES:
             return _lacks(data, use.key) or _lacks_pem(data, use.key, _CERTIFICATE, "certificate")
-        case Purpose.PRIVATE_KEY:
-            return _lacks(data, use.key) or _lacks_pem(data, use.key, _PRIVATE_KEY, "private key")
+        case Purpose.SIGNING_KEY:
+            return _lacks(data, use.key) or _wrong_key(data, use.key, _is_signing_key, _SIGNING_KEYS)
         case Purpose.URL:
-            return _lacks(data, use.key)
+            return _lacks(data, use.key) or _wrong_store_url(use.key, data[use.key])
 
 
 def _lacks(data: Data, *keys: str) -> str | None:
@@ -195,6 +200,14 @@ def _is_assertion_key(key: PrivateKeyTypes) -> bool:
     return isinstance(key, EllipticCurvePrivateKey) and isinstance(key.curve, SECP256R1)
 
 
+_SIGNING_KEYS: Final = "RSA of at least 1024 bits or Ed25519"
+
+
+def _is_signing_key(key: PrivateKeyTypes) -> bool:
+    """What DKIM takes (RFC 8301 section 3.2, RFC 8463)."""
+    return isinstance(key, Ed25519PrivateKey) or (isinstance(key, RSAPrivateKey) and key.key_size >= 1024)
+
+
 def _wrong_key(data: Data, key: str, is_right: Callable[[PrivateKeyTypes], bool], kinds: str) -> str | None:
     try:
         private = load_pem_private_key(data[key].strip(), password=None)
@@ -205,6 +218,14 @@ def _wrong_key(data: Data, key: str, is_right: Callable[[PrivateKeyTypes], bool]
 
 def _lacks_pem(data: Data, key: str, marker: bytes, what: str) -> str | None:
     return None if marker in data[key] else f"has no {what} in PEM form in the key {key}; put it there"
+
+
+def _wrong_store_url(key: str, octets: bytes) -> str | None:
+    try:
+        parse_store_url(octets)
+    except ConfigurationError as error:
+        return f"key {key} {error}"
+    return None
 
 
 def _wrong_htpasswd(key: str, octets: bytes) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import email
 import email.policy
 import random
@@ -12,9 +13,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import dkim
 import msgspec
 import pytest
 from aiosmtpd.controller import Controller
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from mailsluice_relay import config
 from mailsluice_relay.delivery.client import Timeouts
@@ -653,6 +657,68 @@ async def test_what_waits_in_memory_can_be_held_and_removed(
     assert len(server.received) == 1
 
 
+# --- signed ---
+KEY = rsa.generate_private_key(65537, 2048)
+SIGNING = {
+    "dkim.key": KEY.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+}
+
+
+def signing(selector: str) -> tuple[config.Dkim, ...]:
+    return (config.Dkim(domain="example.test", selector=selector, key="dkim.key"),)
+
+
+def selector_that_verifies(text: bytes) -> str:
+    public = KEY.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    asked = []
+
+    def look_up(name: bytes, timeout: int = 5) -> bytes:
+        asked.append(name.decode().split(".")[0])
+        return b"v=DKIM1; k=rsa; p=" + base64.b64encode(public)
+
+    assert dkim.verify(text, dnsfunc=look_up)
+    return asked[0]
+
+
+@pytest.mark.parametrize("body", [b"Hello.\r\n", b".dots and  blanks \r\n" * 30_000])
+async def test_mail_arrives_signed_and_a_new_key_is_used_from_the_next_mail_on(
+    start: Any, make_upstream: Any, message: Any, until: Any, body: bytes
+) -> None:
+    server = await make_upstream()
+    configuration = configured(upstream_of(server), dkim=signing("old"))
+    async with start(configuration, credentials=SIGNING) as relay:
+        await relay.dispatcher.submit(message(body=body))
+        await until(lambda: server.received)
+        relay.dispatcher.reconfigure(msgspec.structs.replace(configuration, dkim=signing("new")), SIGNING)
+        await relay.dispatcher.submit(message(body=body))
+        await until(lambda: len(server.received) == 2)
+    assert [selector_that_verifies(text) for text in server.texts()] == ["old", "new"]
+
+
+async def test_our_own_notifications_are_signed_for_the_bounce_address(
+    start: Any, make_upstream: Any, message: Any, until: Any
+) -> None:
+    server = await make_upstream(answers={"RCPT TO:<no@": "550 5.1.1 unknown"})
+    bounces = config.Bounces(address="bounces@example.test")
+    async with start(
+        configured(upstream_of(server), dkim=signing("s1"), bounces=bounces), credentials=SIGNING
+    ) as relay:
+        await relay.dispatcher.submit(message(sender="app@elsewhere.test", to=("no@example.org",)))
+        await until(lambda: server.received)
+    assert server.received[0].mail.startswith("MAIL FROM:<>")
+    assert selector_that_verifies(server.texts()[0]) == "s1"
+
+
+async def test_mail_of_another_domain_goes_as_it_is(start: Any, make_upstream: Any, message: Any, until: Any) -> None:
+    server = await make_upstream()
+    async with start(configured(upstream_of(server), dkim=signing("s1")), credentials=SIGNING) as relay:
+        await relay.dispatcher.submit(message(header=b"From: a@elsewhere.test\r\n"))
+        await until(lambda: server.received)
+    assert server.texts()[0].startswith(b"From:")
+
+
 # --- what it will not do ---
 def test_what_this_release_does_not_do_is_refused_by_name(tmp_path: Path, clock: Clock) -> None:
     good = config.Upstream(name="a", host="a.test")
@@ -663,6 +729,7 @@ def test_what_this_release_does_not_do_is_refused_by_name(tmp_path: Path, clock:
         (configured(good, good), r"upstreams\[1\]\.name"),
         (configured(config.Upstream(name="a", host="a", credentials="c")), r"c\.username is missing"),
         (configured(config.Upstream(name="a", host="a", ca="ca.crt")), r"ca\.crt is missing"),
+        (configured(good, dkim=signing("s1")), r"dkim\[0\]\.key"),
     ]
     for configuration, named in cases:
         with pytest.raises(config.ConfigurationError, match=named):
