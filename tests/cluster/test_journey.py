@@ -72,7 +72,10 @@ class Shop:
 
     def start_sink(self) -> None:
         listen = ["-n", "-l", "0.0.0.0:2525", "-c", "aiosmtpd.handlers.Mailbox", "/tmp/mail"]
-        self.kubectl.apply(pod("sink", "python3", "-m", "aiosmtpd", *listen))
+        sink = pod("sink", "python3", "-m", "aiosmtpd", *listen)
+        # Ready means that it listens, and the Service has it from then on.
+        sink["spec"]["containers"][0]["readinessProbe"] = {"tcpSocket": {"port": 2525}, "periodSeconds": 1}
+        self.kubectl.apply(sink)
         self.kubectl("wait", "pod/sink", "--for=condition=Ready", "--timeout=60s", timeout=90)
 
     def stop_sink(self) -> None:
