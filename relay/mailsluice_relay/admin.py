@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client.exposition import choose_encoder
 
+from mailsluice_relay.admission import Admission
 from mailsluice_relay.dispatch import Dispatcher
 from mailsluice_relay.metrics import Metrics
 
@@ -40,6 +41,7 @@ class Administration:
         self,
         *,
         health: Health,
+        admission: Admission,
         dispatcher: Dispatcher,
         metrics: Metrics,
         bind: tuple[str, ...],
@@ -47,6 +49,7 @@ class Administration:
         socket_path: Path,
     ) -> None:
         self._health = health
+        self._admission = admission
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._bind = bind
@@ -110,6 +113,7 @@ class Administration:
             "configurationError": health.configuration_error,
             "draining": draining,
             "queue": self._dispatcher.counts() if health.listening else None,
+            "limitStore": self._admission.limit_store_state,
             "upstreams": self._dispatcher.upstream_states() if health.listening else {},
         }
         return _json(body, status=200 if ready else 503)

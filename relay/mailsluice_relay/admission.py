@@ -7,12 +7,14 @@ assignment; limits, failures and histories outlive it.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -32,18 +34,32 @@ from mailsluice_relay.config import (
     login_key,
 )
 from mailsluice_relay.envelope import Client, Content, Envelope, Login, Mailbox, Recipient
+from mailsluice_relay.limit_store.target import Target, target_of
 from mailsluice_relay.metrics import USER_LIMIT, Metrics
 from mailsluice_relay.policy.networks import Networks, source_network
 from mailsluice_relay.policy.ownership import NULL_SENDER, Domains, Rights, domain_key, is_local_name, rights
-from mailsluice_relay.policy.rates import Charge, MemoryStore, Quantity, Store, Subject, charges_of
+from mailsluice_relay.policy.rates import (
+    Charge,
+    MemoryStore,
+    Quantity,
+    Store,
+    StoreUnavailableError,
+    Subject,
+    charges_of,
+)
 from mailsluice_relay.reply import Reason, Reply, Verdict
 from mailsluice_relay.smtp import header
 from mailsluice_relay.suspicion.behaviour import History
 from mailsluice_relay.suspicion.rules import BODY_PREFIX, Judge, Mail, Opinion
 
+if TYPE_CHECKING:
+    from mailsluice_relay.limit_store.store import SharedStore, StoreState
+
 _log = structlog.get_logger(__name__)
 
 _INVALID: Final = Verdict(reply.CREDENTIALS_INVALID, Reason.CREDENTIALS_INVALID)
+_NO_CREDENTIALS: Final[Credentials] = MappingProxyType({})
+_STORE_UNAVAILABLE: Final = Verdict(reply.LIMIT_STORE_UNAVAILABLE, Reason.LIMIT_STORE_UNAVAILABLE)
 _UNAVAILABLE: Final = Verdict(reply.AUTHENTICATION_UNAVAILABLE, Reason.AUTHENTICATION_UNAVAILABLE)
 _MAXIMUM_SHOWN: Final = 200
 """Characters of an address in a reply."""
@@ -72,6 +88,8 @@ class Judgement:
     score: float = 0.0
     charges: tuple[Charge, ...] = ()
     """What `Admission.refund` gives back."""
+    charged_by: Store | None = None
+    """To whom it does: the store may be another one by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +112,9 @@ class _Identity:
 class _Policy:
     """One configuration, compiled. Raises ConfigurationError."""
 
-    def __init__(self, configuration: Configuration, key: bytes) -> None:
+    def __init__(self, configuration: Configuration, credentials: Credentials, key: bytes) -> None:
         self.configuration = configuration
+        self.limit_store = target_of(configuration, credentials)
         authentication = configuration.authentication
         self.directory = Directory(authentication, key=key)
         self.rights = {user.login: rights(user.login, user.senders) for user in authentication.users}
@@ -162,34 +181,73 @@ class Admission:
         self,
         configuration: Configuration,
         *,
+        credentials: Credentials = _NO_CREDENTIALS,
         metrics: Metrics,
         monotonic: Callable[[], float],
         now: Callable[[], float],
         key: bytes | None = None,
-        store: Store | None = None,
     ) -> None:
         self._metrics = metrics
         self._monotonic = monotonic
         self._now = now
         # It decides nothing that can be seen from outside, so that a test needs none and a process has its own.
         self._key = key or os.urandom(32)  # noqa: TID251 - a secret of this object alone
-        self._policy = _Policy(configuration, self._key)
+        self._policy = _Policy(configuration, credentials, self._key)
         self._verifier = Verifier(key=self._key, monotonic=monotonic)
         self._throttle = Throttle(configuration.authentication.failures)
-        self._store = store or MemoryStore(monotonic)
+        self._own_counts = MemoryStore(monotonic)
+        self._shared_counts = self._shared_store(self._policy.limit_store)
+        self._retired: set[asyncio.Task[None]] = set()
         self._history = History()
+
+    async def start(self) -> None:
+        """Look after whatever is asked about mail, before there is any."""
+        if self._shared_counts is not None:
+            self._shared_counts.start()
 
     def check(self, configuration: Configuration, credentials: Credentials) -> None:
         """Whether `reconfigure` would take this configuration. Raises ConfigurationError; changes nothing."""
-        _Policy(configuration, self._key)
+        _Policy(configuration, credentials, self._key)
 
-    def reconfigure(self, configuration: Configuration) -> None:
+    def reconfigure(self, configuration: Configuration, credentials: Credentials = _NO_CREDENTIALS) -> None:
         """Use this configuration from the next step of any session on. Raises ConfigurationError and keeps the old."""
-        self._policy = _Policy(configuration, self._key)
+        self._policy = _Policy(configuration, credentials, self._key)
         self._throttle.reconfigure(configuration.authentication.failures)
+        old = self._shared_counts
+        if (old.target if old is not None else None) != self._policy.limit_store:
+            self._shared_counts = self._shared_store(self._policy.limit_store)
+            if self._shared_counts is not None:
+                self._shared_counts.start()
+            if old is not None:
+                task = asyncio.get_running_loop().create_task(old.retire())
+                self._retired.add(task)
+                task.add_done_callback(self._retired.discard)
+
+    @property
+    def limit_store_state(self) -> StoreState | None:
+        """How the store of rate limits is; None: there is none."""
+        return self._shared_counts.state if self._shared_counts is not None else None
 
     async def close(self) -> None:
         self._verifier.close()
+        for task in self._retired:
+            task.cancel()
+        await asyncio.gather(*self._retired, return_exceptions=True)
+        if self._shared_counts is not None:
+            await self._shared_counts.close()
+
+    def _shared_store(self, target: Target | None) -> SharedStore | None:
+        if target is None:
+            self._metrics.limit_store_up.set(1)
+            return None
+        # Its library takes 11 MB, which only those relays have that count together.
+        from mailsluice_relay.limit_store.store import SharedStore
+
+        return SharedStore(target, local=self._own_counts, metrics=self._metrics)
+
+    @property
+    def _store(self) -> Store:
+        return self._shared_counts if self._shared_counts is not None else self._own_counts
 
     # --- AUTH -------------------------------------------------------------------------------------------------------
 
@@ -256,7 +314,10 @@ class Admission:
                 sender=self._logged(str(envelope.sender or NULL_SENDER)),
             )
         least = Quantity(messages=1, recipients=1, octets=envelope.declared_size or 1)
-        decision = await self._store.peek(self._charges(policy, identity, client, envelope, least))
+        try:
+            decision = await self._store.peek(self._charges(policy, identity, client, envelope, least))
+        except StoreUnavailableError:
+            return _STORE_UNAVAILABLE
         if decision.exceeded is not None:
             return self._rate_limited(decision.exceeded, decision.retry_after)
         return Verdict(reply.SENDER_OK, Reason.ACCEPTED)
@@ -296,7 +357,10 @@ class Admission:
 
         quantity = Quantity(messages=1, recipients=len(envelope.recipients), octets=content.size)
         charges = self._charges(policy, identity, client, envelope, quantity)
-        decision = await self._store.charge(charges)
+        try:
+            decision = await self._store.charge(charges)
+        except StoreUnavailableError:
+            return _refused(_STORE_UNAVAILABLE, content)
         if decision.exceeded is not None:
             return _refused(self._rate_limited(decision.exceeded, decision.retry_after), content)
 
@@ -344,11 +408,13 @@ class Admission:
             reason=reason,
             score=opinion.score,
             charges=charges,
+            charged_by=decision.taken_by,
         )
 
     def refund(self, judgement: Judgement) -> None:
         """Give back what `message` charged: the spool did not take it."""
-        self._store.refund(judgement.charges)
+        if judgement.charged_by is not None:
+            judgement.charged_by.refund(judgement.charges)
 
     # --- shared -----------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,13 @@ class Application:
         self.metrics = Metrics()
         self.metrics.build_info.labels(importlib.metadata.version("mailsluice")).set(1)
         self.health = Health(revision=loaded.configuration.revision)
-        self.admission = Admission(loaded.configuration, metrics=self.metrics, monotonic=time.monotonic, now=time.time)
+        self.admission = Admission(
+            loaded.configuration,
+            credentials=loaded.credentials,
+            metrics=self.metrics,
+            monotonic=time.monotonic,
+            now=time.time,
+        )
         self.dispatcher = Dispatcher(
             loaded.configuration,
             loaded.credentials,
@@ -84,6 +90,7 @@ class Application:
         )
         self.administration = Administration(
             health=self.health,
+            admission=self.admission,
             dispatcher=self.dispatcher,
             metrics=self.metrics,
             bind=options.bind,
@@ -115,6 +122,7 @@ class Application:
             stack.push_async_callback(self.administration.stop)  # last: what is delivered at the end is seen, too
             await self.dispatcher.start()  # first: it takes the lock on the data directory, which is one process's
             stack.push_async_callback(self._stop_in_time, self.dispatcher.stop)
+            await self.admission.start()
             await self.administration.start()
             await self.listeners.start()
             stack.push_async_callback(self._stop_in_time, self.listeners.stop)
@@ -148,7 +156,7 @@ class Application:
             part.check(loaded.configuration, loaded.credentials)
         self.listeners.reconfigure(loaded.configuration, loaded.credentials)
         self.dispatcher.reconfigure(loaded.configuration, loaded.credentials)
-        self.admission.reconfigure(loaded.configuration)
+        self.admission.reconfigure(loaded.configuration, loaded.credentials)
         configure_logging(loaded.configuration)
         self._in_force(loaded.configuration)
         log.info("configuration.adopted", revision=loaded.configuration.revision)

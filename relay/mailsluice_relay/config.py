@@ -21,8 +21,9 @@ import io
 import re
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -410,6 +411,45 @@ def decode(packed: bytes) -> Configuration:
         return msgspec.json.decode(text, type=Configuration)
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"config.json.gz: {error}") from error
+
+
+_STORE_SCHEMES: Final = {"redis": False, "rediss": True, "valkey": False, "valkeys": True}
+"""Whether the scheme means TLS."""
+_STORE_URL: Final = "expected redis://HOST:6379/0, or rediss://USER:PASSWORD@HOST:6379/0 for TLS"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where a store of rate limits is, and the login there."""
+
+    host: str
+    port: int
+    database: int
+    is_encrypted: bool
+    username: str | None = field(repr=False)
+    password: str | None = field(repr=False)
+
+
+def parse_store_url(octets: bytes) -> StoreAddress:
+    """The URL of a Valkey or Redis server. Raises ConfigurationError, which shows nothing of it."""
+    try:
+        url = urlsplit(octets.decode().strip())
+        port = url.port or 6379
+    except ValueError:  # its text would show the URL
+        raise ConfigurationError(f"cannot be read as a URL; {_STORE_URL}") from None
+    database = url.path.strip("/") or "0"
+    if url.scheme not in _STORE_SCHEMES or not url.hostname or not (database.isascii() and database.isdigit()):
+        raise ConfigurationError(f"is not the URL of a store; {_STORE_URL}")
+    if url.query or url.fragment:
+        raise ConfigurationError(f"has something after the number of the database; {_STORE_URL}")
+    return StoreAddress(
+        host=url.hostname,
+        port=port,
+        database=int(database),
+        is_encrypted=_STORE_SCHEMES[url.scheme],
+        username=unquote(url.username) if url.username else None,
+        password=unquote(url.password) if url.password else None,
+    )
 
 
 def is_https(url: str) -> bool:

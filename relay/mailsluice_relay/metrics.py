@@ -58,6 +58,12 @@ class Metrics:
         )
         self.tls_sessions = Counter("mailsluice_tls_sessions", "TLS handshakes completed.", ["version"], registry=r)
         self.rate_limited = Counter("mailsluice_rate_limited", "Messages over a limit.", ["limit"], registry=r)
+        self.limit_store_up = Gauge(
+            "mailsluice_limit_store_up", "1 while the store of rate limits answers, or none is configured.", registry=r
+        )
+        self.limit_store_failures = Counter(
+            "mailsluice_limit_store_failures", "Calls of the store of rate limits that failed.", registry=r
+        )
         self.spam_score = Histogram("mailsluice_spam_score", "Score of judged messages.", buckets=SCORES, registry=r)
         self.spam_rule_hits = Counter("mailsluice_spam_rule_hits", "Messages that a rule hit.", ["rule"], registry=r)
         self.spam_engine_seconds = Histogram(
@@ -107,6 +113,7 @@ class Metrics:
         self.build_info = Gauge("mailsluice_build_info", "1; the version is a label.", ["version"], registry=r)
         self._users: frozenset[str] = frozenset()
 
+        self.limit_store_up.set(1)
         for result in MESSAGE_RESULTS:
             reasons: Iterable[Reason] = (
                 [Reason.ACCEPTED]

@@ -131,6 +131,8 @@ def _check_references(configuration: Configuration, credentials: Credentials) ->
         wanted += [("listeners", "tls.crt"), ("listeners", "tls.key")]
     if configuration.tls.client_ca is not None:
         wanted.append(("tls.client_ca", configuration.tls.client_ca))
+    if (store := configuration.rate_limit_store) is not None:
+        wanted += [("rate_limit_store", name) for name in (f"{store.credentials}.url", store.ca) if name is not None]
     for upstream in configuration.upstreams:
         field = f"upstreams[{upstream.name}]"
         if upstream.credentials is not None:

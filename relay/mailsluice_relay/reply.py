@@ -188,7 +188,9 @@ AUTHENTICATION_REQUIRED = Reply(
     f"Authentication required: {GUIDE} to log in to this outgoing server with your full e-mail address and password",
 )
 TLS_BEFORE_AUTH = Reply(
-    538, "5.7.11", "Encryption required for the requested authentication mechanism: use STARTTLS first"
+    538,
+    "5.7.11",
+    "Encryption required for the requested authentication mechanism: use STARTTLS first, or a port with TLS",
 )
 SHORT_LOGIN = Reply(
     535,
@@ -247,6 +249,7 @@ TOO_MANY_CONNECTIONS = Reply(421, "4.7.0", "Too many connections; try again late
 SHUTTING_DOWN = Reply(421, "4.3.2", "Service is shutting down; try again", close=True)
 TIMED_OUT = Reply(421, "4.4.2", "Timeout waiting for the client", close=True)
 INTERNAL_ERROR = Reply(451, "4.3.0", "Local error in processing; try again later")
+LIMIT_STORE_UNAVAILABLE = Reply(451, "4.7.1", "Rate limits cannot be checked now; try again later")
 LOGIN_SUSPENDED_STATUS = "4.7.1"
 
 

@@ -118,8 +118,8 @@ async def test_a_right_resource_makes_a_configuration_that_the_relay_takes(spec:
         use.name: Secret({**CONTENT[use.purpose], "username": f"{use.name}@example.test".encode()}, use.name, "1")
         for use in secret_uses(relay)
     }
-    configuration = build(
-        relay, secrets=secrets, server=SERVER, hash_password=lambda _password, _salt: BCRYPT
-    ).configuration
-    admission = Admission(configuration, metrics=Metrics(), monotonic=lambda: 0.0, now=lambda: 0.0)
+    made = build(relay, secrets=secrets, server=SERVER, hash_password=lambda _password, _salt: BCRYPT)
+    admission = Admission(
+        made.configuration, credentials=made.files, metrics=Metrics(), monotonic=lambda: 0.0, now=lambda: 0.0
+    )
     await admission.close()

@@ -36,6 +36,8 @@ REVISION_LENGTH: Final = 16
 """Hexadecimal digits of a revision: 64 bits tell the revisions of one relay apart, and fit a label."""
 DEFAULT_STORAGE: Final = models.Storage()
 CLIENT_AUTHORITIES: Final = "client-ca.crt"
+STORE_CREDENTIALS: Final = "rate-limit-store"
+STORE_AUTHORITIES: Final = "rate-limit-store.ca.crt"
 SERVER_FILES: Final = ("tls.crt", "tls.key", "ca.crt")
 
 
@@ -127,6 +129,7 @@ def build(
             allowed_domains=spec.recipients.allowed_domains, redirect_to=spec.recipients.redirect_to or None
         ),
         rate_limits=tuple(rate_limit(limit, limit.per) for limit in spec.rate_limits),
+        rate_limit_store=_rate_limit_store(spec.rate_limit_store),
         spam=_spam(spec.spam),
         upstreams=tuple(
             _upstream(upstream, max(replicas, 1), has_grant=_has_grant(upstream, secrets)) for upstream in upstreams
@@ -287,6 +290,16 @@ def _listener(listener: models.Listener) -> config.Listener:
     )
 
 
+def _rate_limit_store(store: models.RateLimitStore | None) -> config.RateLimitStore | None:
+    if store is None:
+        return None
+    return config.RateLimitStore(
+        credentials=STORE_CREDENTIALS,
+        ca=STORE_AUTHORITIES if store.ca_secret_ref is not None else None,
+        on_failure=config.FailureAction(store.on_failure),
+    )
+
+
 def _spam(spam: models.Spam) -> config.Spam:
     rules: dict[str, config.SpamRule] = {}
     for field in msgspec.structs.fields(models.SpamRules):
@@ -394,6 +407,10 @@ def _files(
     files = {name: server[name] for name in SERVER_FILES if name in server}
     if spec.tls.client_ca_secret_ref is not None:
         files[CLIENT_AUTHORITIES] = value("spec.tls.clientCASecretRef")
+    if (store := spec.rate_limit_store) is not None:
+        files[f"{STORE_CREDENTIALS}.url"] = value("spec.rateLimitStore.urlSecretRef").strip()
+        if store.ca_secret_ref is not None:
+            files[STORE_AUTHORITIES] = value("spec.rateLimitStore.caSecretRef")
     for index, upstream in enumerate(spec.upstreams):
         if upstream.tls.ca_secret_ref is not None:
             files[_authorities_file(upstream.name)] = value(f"spec.upstreams[{index}].tls.caSecretRef")

@@ -271,7 +271,7 @@ class RelayReconciler:
         if replicas > 1 and relay.spec.rate_limits and relay.spec.rate_limit_store is None:
             yield Fact(
                 "LimitsPerReplica",
-                f"spec.rateLimits hold for each of {replicas} replicas; with one replica they hold exactly.",
+                f"spec.rateLimits hold for each of {replicas} replicas; with spec.rateLimitStore for all.",
             )
 
     def _set_own_logins(self, key: Key, logins: frozenset[str]) -> None:

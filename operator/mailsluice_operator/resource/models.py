@@ -417,7 +417,10 @@ class RateLimitStore(Struct, frozen=True, kw_only=True):
     """A store that all replicas count in. Without it rateLimits hold for each replica."""
 
     url_secret_ref: SecretKeyReference
-    """Secret with the store's address; key url if not given. Example of the value: redis://valkey.mail.svc:6379/0."""
+    """Secret with the store's address; key url if not given. Example of the value: redis://valkey.mail.svc:6379/0;
+    with TLS and a login rediss://user:password@valkey.mail.svc:6379/0."""
+    ca_secret_ref: SecretKeyReference | None = None
+    """Authorities to trust besides the public ones, for a rediss:// address; key ca.crt if not given."""
     on_failure: Literal["Allow", "Defer"] = "Allow"
     """While the store cannot be reached. Allow: each replica counts for itself. Defer: 451."""
 

@@ -5,7 +5,7 @@ limit's steady rate. A message fits while that lies no further ahead than the bu
 begins anew at a full hour, and a quiet key costs no memory.
 
 A message is charged to all its limits or to none. Where the counts are kept is behind `Store`: in this process, or
-later in one that the replicas share, which then does a charge in one atomic step.
+in one that the replicas share (`limit_store`), which does a charge in one atomic step.
 """
 
 from __future__ import annotations
@@ -73,10 +73,16 @@ class Decision:
     exceeded: Charge | None = None
     retry_after: float = 0.0
     """Seconds; infinite when the message alone is more than the limit's burst."""
+    taken_by: Store | None = None
+    """Who took the charges, and can refund them."""
+
+
+class StoreUnavailableError(Exception):
+    """The counts cannot be reached, and nobody may count in their place."""
 
 
 class Store(Protocol):
-    """Where the counts are."""
+    """Where the counts are. May raise StoreUnavailableError."""
 
     async def charge(self, charges: Sequence[Charge]) -> Decision:
         """Take all charges, or none and say which limit was exceeded."""
@@ -116,6 +122,11 @@ def key_of(per: RateLimitKey, subject: Subject) -> str:
             return "relay"
 
 
+def hopeless(charges: Iterable[Charge]) -> Charge | None:
+    """A charge that no waiting helps: the message alone is more than the limit's burst."""
+    return next((charge for charge in charges if charge.seconds > charge.tolerance), None)
+
+
 def _amount(limit: RateLimit, quantity: Quantity) -> int:
     match limit.unit:
         case RateLimitUnit.MESSAGES:
@@ -133,6 +144,7 @@ class MemoryStore:
         self._monotonic = monotonic
         self._maximum_keys = maximum_keys
         self._arrivals: OrderedDict[str, float] = OrderedDict()
+        self._taken = Decision(taken_by=self)
 
     def __len__(self) -> int:
         return len(self._arrivals)
@@ -140,12 +152,13 @@ class MemoryStore:
     async def charge(self, charges: Sequence[Charge]) -> Decision:
         now = self._monotonic()
         decision = self._decide(charges, now)
-        if decision.exceeded is None:
-            for charge in charges:
-                self._arrivals[charge.key] = max(self._arrivals.get(charge.key, now), now) + charge.seconds
-                self._arrivals.move_to_end(charge.key)
-            self._forget(now)
-        return decision
+        if decision.exceeded is not None:
+            return decision
+        for charge in charges:
+            self._arrivals[charge.key] = max(self._arrivals.get(charge.key, now), now) + charge.seconds
+            self._arrivals.move_to_end(charge.key)
+        self._forget(now)
+        return self._taken
 
     async def peek(self, charges: Sequence[Charge]) -> Decision:
         return self._decide(charges, self._monotonic())
@@ -157,10 +170,10 @@ class MemoryStore:
                 self._arrivals[charge.key] = arrival - charge.seconds
 
     def _decide(self, charges: Sequence[Charge], now: float) -> Decision:
+        if (never := hopeless(charges)) is not None:
+            return Decision(never, math.inf)
         worst = Decision()
         for charge in charges:
-            if charge.seconds > charge.tolerance:
-                return Decision(charge, math.inf)
             excess = max(self._arrivals.get(charge.key, now) - now, 0.0) + charge.seconds - charge.tolerance
             # Adding and subtracting times leaves rounding errors that would refuse the last of a burst.
             if excess > 1e-6 * charge.tolerance and excess > worst.retry_after:
