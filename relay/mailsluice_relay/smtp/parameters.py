@@ -83,7 +83,7 @@ def _split(text: str, known: Mapping[str, object] | frozenset[str]) -> list[tupl
 
 
 def _size(result: Envelope, value: str | None) -> None:
-    """RFC 1870 section 4: one to twenty digits."""
+    """RFC 1870 section 3: one to twenty digits."""
     if value is None or not _SIZE.fullmatch(value):
         raise _bad("Expected SIZE=octets")
     result.declared_size = int(value)
