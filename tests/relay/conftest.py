@@ -84,6 +84,8 @@ class ScriptedUpstream:
     tls: ssl.SSLContext | None = None
     implicit_tls: bool = False
     greeting: str = "220 upstream.test ESMTP"
+    segment: int = 0
+    """How many octets of a reply are written at once; 0: all."""
     password: str | None = None
     mechanisms: str = "PLAIN LOGIN"
     tokens: set[str] = field(default_factory=set)
@@ -151,8 +153,10 @@ class ScriptedUpstream:
                 raise EOFError
             if reply == "hang":
                 await asyncio.Event().wait()
-            writer.write(reply.encode() + b"\r\n")
-            await writer.drain()
+            octets = reply.encode() + b"\r\n"
+            for start in range(0, len(octets), self.segment or len(octets)):
+                writer.write(octets[start : start + (self.segment or len(octets))])
+                await asyncio.sleep(0)  # the socket does not delay, so that each piece is a segment of its own
             if reply.startswith("421"):
                 raise EOFError
 

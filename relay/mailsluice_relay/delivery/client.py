@@ -236,7 +236,8 @@ class Connection(asyncio.Protocol):
             self._end(str(error))
             self.abort()
             return
-        self._wake(self._reply_waiter)
+        if self._replies:  # a reply of several lines may come in pieces
+            self._wake(self._reply_waiter)
 
     def eof_received(self) -> bool:
         return False

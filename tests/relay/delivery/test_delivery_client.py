@@ -254,6 +254,15 @@ async def test_a_server_that_only_knows_helo(make_upstream: Any) -> None:
     await connection.quit()
 
 
+@pytest.mark.parametrize("segment", [1, 7, 40])
+async def test_replies_may_come_in_pieces(make_upstream: Any, segment: int) -> None:
+    upstream = await make_upstream(segment=segment)
+    connection = await opened(upstream)
+    assert "PIPELINING" in connection.capabilities
+    assert [type(o) for o in await connection.send(mail("a@x.test", "b@x.test"))] == [Delivered, Delivered]
+    await connection.quit()
+
+
 # --- TLS and AUTH ---
 @pytest.fixture
 def server_tls(authority: trustme.CA) -> ssl.SSLContext:
