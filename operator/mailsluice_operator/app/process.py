@@ -225,7 +225,7 @@ class Operator:
             registry=registry,
             settings=handlers.settings(self._kinds),
             standalone=True,
-            # Peering is off, but Kopf would make itself a name of the user's, and an arbitrary uid (OpenShift) has none.
+            # Else Kopf makes itself a name of the user's, and an arbitrary uid (OpenShift) has none.
             identity=FIELD_MANAGER,  # type: ignore[arg-type]  # Kopf's NewType of str, which it does not export
             clusterwide=not self._options.namespaces,
             namespaces=self._options.namespaces,
