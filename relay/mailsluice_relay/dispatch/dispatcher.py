@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -26,7 +26,7 @@ from mailsluice_relay.dispatch.conclusion import Conclusion, Result, conclude
 from mailsluice_relay.dispatch.lane import Item, Lane
 from mailsluice_relay.dispatch.upstreams import Upstreams, mailbox_of
 from mailsluice_relay.dispatch.view import QueuedMessage, matches, summary
-from mailsluice_relay.dkim import Signer, signed
+from mailsluice_relay.dkim import Key, Signer, signed
 from mailsluice_relay.dsn import Action, RecipientReport, build
 from mailsluice_relay.envelope import Content, Envelope, Mailbox, Message, Recipient
 from mailsluice_relay.metrics import Metrics
@@ -109,7 +109,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._submissions: set[asyncio.Task[Reply]] = set()
+        self._submissions: set[asyncio.Future[Reply]] = set()
         self._feeder: asyncio.Task[None] | None = None
         self._oldest: float | None = None
         self._is_stopping = False
@@ -215,47 +215,68 @@ class Dispatcher:
 
         Goes on when the caller is cancelled: a client that hangs up after its last dot has handed its mail over.
         """
-        task = asyncio.get_running_loop().create_task(self._submit(message))
-        self._submissions.add(task)
-        task.add_done_callback(self._submitted)
-        return await asyncio.shield(task)
-
-    def _submitted(self, task: asyncio.Task[Reply]) -> None:
-        self._submissions.discard(task)
-        self._ended.set()
-
-    async def _submit(self, message: Message) -> Reply:
         if not self._is_open:
             message.content.body.close()
             return SHUTTING_DOWN
         redirect = mailbox_of(self._configuration.recipients.redirect_to)
         if redirect is not None:
             message = _redirected(message, redirect)
+        if isinstance(message.content.body, MemoryBody) and message.content.size <= SIGNED_AT_ONCE:
+            submission = self._put(message)
+        else:
+            submission = asyncio.get_running_loop().create_task(self._put_file(message))
+        self._submissions.add(submission)
+        submission.add_done_callback(self._submitted)
+        return await asyncio.shield(submission)
+
+    def _submitted(self, submission: asyncio.Future[Reply]) -> None:
+        self._submissions.discard(submission)
+        self._ended.set()
+
+    def _put(self, message: Message) -> asyncio.Future[Reply]:
+        """Queue a message that is in memory: nothing waits but for the disk, so that there is no task."""
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        def written(entry: Entry | None, error: BaseException | None) -> None:
+            try:
+                answer.set_result(self._taken(message, entry, error))
+            except Exception as fault:  # noqa: BLE001 - a fault of ours, which belongs to whoever waits
+                answer.set_exception(fault)
+
+        if keys := self._keys(message):
+            message = replace(message, content=signed(message.content, keys, now=self._clocks.now()))
         try:
-            message = await self._signed(message)
-            entry = await self._spool.put(message)
+            self._spool.begin(message, written)
         except SpoolFull as error:
+            written(None, error)
+        return answer
+
+    async def _put_file(self, message: Message) -> Reply:
+        """Queue a message that is in a file, where hashing and syncing take a while."""
+        try:
+            if keys := self._keys(message):
+                content = await asyncio.to_thread(signed, message.content, keys, now=self._clocks.now())
+                message = replace(message, content=content)
+            return self._taken(message, await self._spool.put(message), None)
+        except OSError as error:
+            return self._taken(message, None, translated(error))
+        except SpoolError as error:
+            return self._taken(message, None, error)
+
+    def _keys(self, message: Message) -> Sequence[Key]:
+        """Those that a message is signed with (DKIM): its author's."""
+        return self._signer.keys_for(message.content) if self._signer else ()
+
+    def _taken(self, message: Message, entry: Entry | None, error: BaseException | None) -> Reply:
+        """The answer to a message that is on the disk now, or of which nothing was kept."""
+        if entry is not None:
+            self._offer(entry, message.content)
+            return queued(message.queue_id)
+        if isinstance(error, SpoolFull):
             log.warning("queue_full", queue_id=message.queue_id, error=str(error))
             return QUEUE_FULL
-        except SpoolError as error:
-            log.error("queue_failed", queue_id=message.queue_id, error=str(error))  # noqa: TRY400 - the disk's state, not a fault to trace
-            return INTERNAL_ERROR
-        self._offer(entry, message.content)
-        return queued(message.queue_id)
-
-    async def _signed(self, message: Message) -> Message:
-        """The message with its DKIM signatures, where there is a key for its author. Raises SpoolError."""
-        content = message.content
-        keys = self._signer.keys_for(content) if self._signer else ()
-        if not keys:
-            return message
-        now = self._clocks.now()
-        if content.size <= SIGNED_AT_ONCE:
-            return replace(message, content=signed(content, keys, now=now))
-        try:  # it is in a file, and hashing it takes a while
-            return replace(message, content=await asyncio.to_thread(signed, content, keys, now=now))
-        except OSError as error:
-            raise translated(error) from error
+        log.error("queue_failed", queue_id=message.queue_id, error=str(error))
+        return INTERNAL_ERROR
 
     # --- lanes --------------------------------------------------------------------------------------------------------
     def _offer(self, entry: Entry, content: Content | None) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ from mailsluice_relay.spool.reader import Cursor, Page, Reader
 from mailsluice_relay.spool.record import Entry, RecordError, State, entry_of
 from mailsluice_relay.spool.recovery import lock, open_store
 from mailsluice_relay.spool.store import DATABASE, INCOMING, SchemaError, Settlement, connect
-from mailsluice_relay.spool.writer import Writer
+from mailsluice_relay.spool.writer import Done, Writer
 
 T = TypeVar("T")
 
@@ -126,27 +127,49 @@ class Spool:
         """
         content = message.content
         body = content.body
-        if not self.has_room(content.size):
-            body.close()
-            raise SpoolFull("the queue has no room left")
-        entry = entry_of(message, body_file=message.queue_id if isinstance(body, FileBody) else None)
-        self._reserved_messages += 1
-        self._reserved_octets += content.size
+        if not isinstance(body, FileBody):
+            written: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+            self.begin(message, functools.partial(_settle, written))
+            return await written
+        entry = entry_of(message, body_file=message.queue_id)
+        size = self._reserve(content)
         try:
-            if isinstance(body, FileBody):
-                await asyncio.get_running_loop().run_in_executor(self._syncing, body.sync)
+            await asyncio.get_running_loop().run_in_executor(self._syncing, body.sync)
             await self._writer.submit(lambda store: store.insert(entry, content))
         except (OSError, SpoolError) as error:
-            if isinstance(body, FileBody):
-                with contextlib.suppress(OSError):  # an orphan, which the next start removes
-                    body.path.unlink()
+            with contextlib.suppress(OSError):  # an orphan, which the next start removes
+                body.path.unlink()
             if isinstance(error, OSError):
                 raise translated(error) from error
             raise
         finally:
-            self._reserved_messages -= 1
-            self._reserved_octets -= content.size
+            self._give_back(size)
         return entry
+
+    def begin(self, message: Message, done: Done[Entry]) -> None:
+        """As `put`, for a message with its body in memory: no task has to wait. Raises SpoolFull."""
+        content, entry = message.content, entry_of(message)
+        size = self._reserve(content)
+
+        def written(_: None, error: BaseException | None) -> None:
+            self._give_back(size)
+            done(None if error is not None else entry, error)
+
+        self._writer.begin(lambda store: store.insert(entry, content), written)
+
+    def _reserve(self, content: Content) -> int:
+        """Raises SpoolFull; the content is given up then."""
+        size = content.size
+        if not self.has_room(size):
+            content.body.close()
+            raise SpoolFull("the queue has no room left")
+        self._reserved_messages += 1
+        self._reserved_octets += size
+        return size
+
+    def _give_back(self, size: int) -> None:
+        self._reserved_messages -= 1
+        self._reserved_octets -= size
 
     async def settle(self, settlement: Settlement) -> None:
         await self._writer.submit(lambda store: store.settle(settlement))
@@ -216,6 +239,15 @@ class Spool:
         await self._writer.submit(lambda store: store.quarantine(list(unreadable)))
         for queue_id, error in unreadable.items():
             log.error("message_quarantined", queue_id=queue_id, error=error)
+
+
+def _settle(future: asyncio.Future[Entry], entry: Entry | None, error: BaseException | None) -> None:
+    if future.cancelled():
+        return
+    if entry is not None:
+        future.set_result(entry)
+    elif error is not None:
+        future.set_exception(error)
 
 
 __all__ = ["DISK_RESERVE", "Quota", "Spool"]

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from mailsluice_relay.spool.errors import SpoolError, translated
 from mailsluice_relay.spool.store import Store
@@ -23,22 +23,17 @@ GROUP_LIMIT: Final = 128
 """Operations in one transaction: bounds how long the first of them waits and how much has to be redone."""
 
 
+Done = Callable[[T | None, BaseException | None], None]
+"""Gets an operation's result, or why nothing of it was kept."""
+
+
 @dataclass(slots=True)
 class _Job:
     operation: Callable[[Store], Any]
-    future: asyncio.Future[Any]
+    done: Done[Any]
     loop: asyncio.AbstractEventLoop
     result: Any = None
     error: BaseException | None = None
-
-    def tell(self) -> None:
-        """In the event loop: whoever waits may have been cancelled, what was written stays written."""
-        if self.future.cancelled():
-            return
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.result)
 
 
 class Writer:
@@ -53,13 +48,25 @@ class Writer:
 
     def submit(self, operation: Callable[[Store], T]) -> asyncio.Future[T]:
         """Run an operation in the next group. The future fails with SpoolError, and then nothing of it was kept."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        if self._closed:
-            future.set_exception(SpoolError("the queue is closed"))
-        else:
-            self._jobs.put(_Job(operation, future, loop))
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def done(result: T | None, error: BaseException | None) -> None:
+            if future.cancelled():  # whoever waited; what was written stays written
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(cast(T, result))
+
+        self.begin(operation, done)
         return future
+
+    def begin(self, operation: Callable[[Store], T], done: Done[T]) -> None:
+        """As `submit`; `done` is called in the event loop, where others wait behind it: it must not raise."""
+        if self._closed:
+            done(None, SpoolError("the queue is closed"))
+        else:
+            self._jobs.put(_Job(operation, done, asyncio.get_running_loop()))
 
     def close(self) -> None:
         """Write what was submitted, then end the thread. Blocks."""
@@ -124,4 +131,4 @@ class Writer:
 
 def _tell_all(group: list[_Job]) -> None:
     for job in group:
-        job.tell()
+        job.done(job.result, job.error)
