@@ -11,8 +11,9 @@ A file holds the dialogues of one topic. A dialogue is a heading, what is said a
     Why exim, postfix: RFC 1870 section 6.1 ...
 
 `Rule`      what the expectation rests on; every dialogue has one.
-`Listener`  `open` (the default: in the clear, no login needed from loopback), `submission` (STARTTLS and login needed)
-            or `submissions` (TLS from the start, login needed).
+`Listener`  `open` (the default: in the clear, no login needed from loopback), `lenient` (the same, and wrong line
+            endings of a text are mended), `mixed` (STARTTLS and login may be used, from loopback neither is needed),
+            `submission` (STARTTLS and login needed) or `submissions` (TLS from the start, login needed).
 `State`     how far the session is when the dialogue begins: `connected` (nothing was read yet), `greeted`, `hello` (the
             default), `tls`, `login`, `sender`, `recipient`, `data`. On `submission` and `submissions` the last three
             include the login.
@@ -48,7 +49,9 @@ from typing import Final
 
 DIALOGUES: Final = Path(__file__).parent / "dialogues"
 
-LISTENERS: Final = ("open", "submission", "submissions")
+LISTENERS: Final = ("open", "lenient", "mixed", "submission", "submissions")
+WITHOUT_TLS: Final = ("open", "lenient")
+WITHOUT_LOGIN: Final = (*WITHOUT_TLS, "mixed")
 STATES: Final = ("connected", "greeted", "hello", "tls", "login", "sender", "recipient", "data")
 
 _ESCAPE: Final = re.compile(r"\\(?:([rn0t\\{}])|x([0-9A-Fa-f]{2}))|\{([^{}*]+)\*([0-9]+)\}|\{base64:((?:\\.|[^{}])*)\}")
@@ -115,6 +118,7 @@ class Dialogue:
         return (
             self.listener == "submissions"
             or (self.listener == "submission" and self.state not in before_tls)
+            or self.state in {"tls", "login"}
             or any(isinstance(step, Handshake) for step in self.steps)
         )
 
@@ -195,7 +199,7 @@ def _dialogue(topic: str, lines: Sequence[tuple[int, str]]) -> Dialogue:
             raise CorpusError(f"{topic}:{number}: {error}: {line}") from error
     flush()
     listener, state = said.get("Listener", "open"), said.get("State", "hello")
-    if listener not in LISTENERS or state not in STATES or (listener == "open" and state in {"tls", "login"}):
+    if listener not in LISTENERS or state not in STATES or (listener in WITHOUT_TLS and state in {"tls", "login"}):
         raise CorpusError(f"{topic}:{first}: there is no state {state} of a listener {listener}")
     if "Rule" not in said or not any(isinstance(step, Expect) for step in steps):
         raise CorpusError(f"{topic}:{first}: a dialogue has a rule and at least one reply")

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
-from corpus import Dialogue, Expect, Handshake, Send
+from corpus import WITHOUT_LOGIN, Dialogue, Expect, Handshake, Send
 
 LOGIN: Final = "app@example.test"
 PASSWORD: Final = "right"
@@ -203,12 +203,12 @@ def begin(connection: Connection, dialogue: Dialogue) -> Answer | None:
     commands: list[tuple[str, str]] = [("", "220")]
     if state != "greeted":
         commands.append(("EHLO client.test", "250"))
-    is_secured = state in {"tls", "login"} or (listener != "open" and state in {"sender", "recipient", "data"})
-    if is_secured and listener == "submission":
+    reached = order.index(state) if state in order else 0
+    is_secured = state in {"tls", "login"} or (listener not in WITHOUT_LOGIN and reached >= order.index("sender"))
+    if is_secured and listener != "submissions":
         commands += [("STARTTLS", "220"), ("EHLO client.test", "250")]
     if is_secured and state != "tls":
         commands.append((auth_plain(), "235"))
-    reached = order.index(state) if state in order else 0
     if reached >= order.index("sender"):
         commands.append((f"MAIL FROM:<{LOGIN}>", "250"))
     if reached >= order.index("recipient"):

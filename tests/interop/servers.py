@@ -1,6 +1,6 @@
 """Starts the servers that dialogues are played into: Mailsluice, and Debian's Postfix, Exim and OpenSMTPD.
 
-All are set up alike: the same three listeners on free ports of loopback, the same login, certificate, size and number
+All are set up alike: the same five listeners on free ports of loopback, the same login, certificate, size and number
 of recipients. Beyond that each one is as its makers ship it. The foreign servers run in a root directory of their own
 (tools/interop-servers), of which every run gets a copy by hard links; nothing of this machine's mail set-up is read.
 """
@@ -77,6 +77,8 @@ class Certificates:
 @dataclass(frozen=True)
 class Ports:
     open: int
+    lenient: int
+    mixed: int
     submission: int
     submissions: int
     """0: there is none."""
@@ -84,7 +86,7 @@ class Ports:
     @classmethod
     def free(cls) -> Ports:
         with contextlib.ExitStack() as stack:
-            probes = [stack.enter_context(socket.socket()) for _ in range(3)]
+            probes = [stack.enter_context(socket.socket()) for _ in range(5)]
             for probe in probes:
                 probe.bind(("127.0.0.1", 0))
             return cls(*(probe.getsockname()[1] for probe in probes))
@@ -117,6 +119,14 @@ def mailsluice(certificates: Certificates) -> Iterator[Server]:
         hostname=HOSTNAME,
         listeners=(
             Listener(name="open", port=ports.open, mode=ListenerMode.PLAIN, authentication_required=False),
+            Listener(
+                name="lenient",
+                port=ports.lenient,
+                mode=ListenerMode.PLAIN,
+                authentication_required=False,
+                normalize_line_endings=True,
+            ),
+            Listener(name="mixed", port=ports.mixed, mode=ListenerMode.START_TLS, authentication_required=False),
             Listener(name="submission", port=ports.submission, mode=ListenerMode.START_TLS),
             Listener(name="submissions", port=ports.submissions, mode=ListenerMode.IMPLICIT_TLS),
         ),
@@ -186,6 +196,10 @@ POSTFIX_QUEUES: Final = (
 # As Debian's own master.cf has `submission` and `submissions`.
 POSTFIX_MASTER: Final = """\
 127.0.0.1:{ports.open} inet n - n - - smtpd
+127.0.0.1:{ports.lenient} inet n - n - - smtpd
+  -o smtpd_forbid_bare_newline=normalize -o smtpd_forbid_bare_newline_exclusions=
+127.0.0.1:{ports.mixed} inet n - n - - smtpd
+  -o smtpd_tls_security_level=may -o smtpd_sasl_auth_enable=yes -o smtpd_tls_auth_only=yes
 127.0.0.1:{ports.submission} inet n - n - - smtpd
   -o smtpd_tls_security_level=encrypt -o smtpd_sasl_auth_enable=yes -o smtpd_tls_auth_only=yes
   -o smtpd_relay_restrictions=permit_sasl_authenticated,reject
@@ -235,9 +249,10 @@ def postfix(certificates: Certificates) -> Iterator[Server]:
 # --- Exim -------------------------------------------------------------------------------------------------------------
 EXIM: Final = """\
 primary_hostname = {hostname}
-local_interfaces = <; 127.0.0.1.{ports.open} ; 127.0.0.1.{ports.submission} ; 127.0.0.1.{ports.submissions}
+local_interfaces = <; 127.0.0.1.{ports.open} ; 127.0.0.1.{ports.lenient} ; 127.0.0.1.{ports.mixed} ; \
+  127.0.0.1.{ports.submission} ; 127.0.0.1.{ports.submissions}
 tls_on_connect_ports = {ports.submissions}
-tls_advertise_hosts = ${{if eq{{$received_port}}{{{ports.submission}}}{{*}}{{}}}}
+tls_advertise_hosts = ${{if inlist{{$received_port}}{{{ports.submission}:{ports.mixed}}}{{*}}{{}}}}
 tls_certificate = /etc/tls.crt
 tls_privatekey = /etc/tls.key
 auth_advertise_hosts = ${{if eq{{$tls_in_cipher}}{{}}{{}}{{*}}}}
@@ -251,7 +266,7 @@ acl_smtp_rcpt = rcpt
 
 begin acl
 rcpt:
-  accept condition = ${{if eq{{$received_port}}{{{ports.open}}}}}
+  accept condition = ${{if inlist{{$received_port}}{{{ports.open}:{ports.lenient}:{ports.mixed}}}}}
   accept authenticated = *
   deny message = relay not permitted
 
@@ -301,6 +316,8 @@ table logins {{ "{login}" = "{hash}" }}
 smtp max-message-size "{size}"
 smtp limit max-rcpt {recipients}
 listen on 127.0.0.1 port {ports.open} hostname {hostname}
+listen on 127.0.0.1 port {ports.lenient} hostname {hostname}
+listen on 127.0.0.1 port {ports.mixed} tls pki server auth-optional <logins> hostname {hostname}
 listen on 127.0.0.1 port {ports.submission} tls-require pki server auth <logins> hostname {hostname}
 action "nowhere" relay host smtp://127.0.0.1:1
 match from auth for any action "nowhere"
@@ -426,6 +443,8 @@ def _ready(name: str, ports: Ports, certificates: Certificates, process: subproc
     """Wait until every listener greets. Raises UnavailableError with what the server said."""
     addresses = {
         "open": Address(ports.open, False, certificates.context),
+        "lenient": Address(ports.lenient, False, certificates.context),
+        "mixed": Address(ports.mixed, False, certificates.context),
         "submission": Address(ports.submission, False, certificates.context),
     }
     if ports.submissions:
