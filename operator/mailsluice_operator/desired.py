@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mailsluice_operator.children import network, secrets, workload
+from mailsluice_operator.children.configuration import DEFAULT_STORAGE
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import Object, Owner
 from mailsluice_operator.resource.models import AllowedNamespaces, SmtpRelay, SmtpUser, SmtpUserGrant
 from mailsluice_operator.resource.pod import LabelSelector
-from mailsluice_relay.config import ListenerMode
+from mailsluice_operator.resource.quantities import octets
+from mailsluice_relay.config import ListenerMode, login_key
 
 
 def owner_of(resource: SmtpRelay | SmtpUser) -> Owner:
@@ -42,13 +44,13 @@ def decide(
     """Who of the relay's SmtpUsers gets a login, in the order of their age.
 
     `namespaces` are the labels of the users' namespaces, None where they cannot be read. `own_logins` are the relay's
-    own users, folded: those always win, and of two SmtpUsers the older.
+    own users, as `login_key` has them: those always win, and of two SmtpUsers the older.
     """
     taken: dict[str, SmtpUser] = {}
     decisions: list[Decision] = []
     for user in sorted(users, key=lambda user: (user.metadata.creation_timestamp or "", user.metadata.uid)):
         refused = _not_allowed(relay, user, namespaces.get(user.metadata.namespace))
-        login = user.spec.login.casefold()
+        login = login_key(user.spec.login)
         if refused is None and login in own_logins:
             refused = Fact(
                 "LoginTaken", f"spec.login: {user.spec.login} is one of the relay's own users; choose another login."
@@ -93,7 +95,7 @@ def _claims(grant: SmtpUserGrant, user: SmtpUser, name: str) -> Fact | None:
             f"{_filled(grant.logins, namespace)}; choose such a login.",
         )
     for sender in user.spec.senders:
-        if sender.casefold() == user.spec.login.casefold():  # a login may always send as itself
+        if login_key(sender) == login_key(user.spec.login):  # a login may always send as itself
             continue
         if not any(template_matches(template, sender, namespace) for template in grant.senders):
             granted = _filled(grant.senders, namespace) if grant.senders else "the login itself alone"
@@ -117,8 +119,8 @@ def template_matches(template: str, claim: str, namespace: str) -> bool:
     """
     if template == "*":
         return True
-    parts = template.replace("{namespace}", namespace).casefold().split("*")
-    return re.fullmatch("[^@]*".join(map(re.escape, parts)), claim.casefold()) is not None
+    parts = login_key(template.replace("{namespace}", namespace)).split("*")
+    return re.fullmatch("[^@]*".join(map(re.escape, parts)), login_key(claim)) is not None
 
 
 def namespace_allowed(allowed: AllowedNamespaces, own: str, namespace: str, labels: Mapping[str, str] | None) -> bool:
@@ -145,6 +147,21 @@ def selects(selector: LabelSelector, labels: Mapping[str, str]) -> bool:
         if not holds:
             return False
     return True
+
+
+# --- Which image ------------------------------------------------------------------------------------------------------
+
+
+def image_refused(relay: SmtpRelay, settings: workload.PodSettings) -> Fact | None:
+    """Why the operator does not run the image that the resource names."""
+    image = relay.spec.image
+    if image is None or settings.allows(image):
+        return None
+    return Fact(
+        "ImageNotAllowed",
+        f"spec.image: this operator does not run {image}; remove the field, or have the image allowed with the "
+        "operator's --allowed-relay-image.",
+    )
 
 
 # --- How many replicas ------------------------------------------------------------------------------------------------
@@ -182,6 +199,40 @@ def next_step(wanted: int, current: int, drained: Mapping[int, int | None], name
             "QueueNotDrained",
             f"Pod {name}-{last} still has {count} messages in its queue; it goes when they are delivered or removed.",
         ),
+    )
+
+
+# --- How much room the queues have ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a replica's queue is kept on."""
+
+    claim: str
+    """Name of the PersistentVolumeClaim."""
+    requested: int
+    capacity: int
+    """Octets that it really has; while it is being expanded, less than requested."""
+
+
+def not_resized(relay: SmtpRelay, volumes: Iterable[Volume]) -> Fact | None:
+    """Why the volumes are not as big as the resource wants: a StatefulSet's claims cannot be changed."""
+    size = (relay.spec.queue.storage or DEFAULT_STORAGE).size
+    wanted = octets(size)
+    different = [volume for volume in volumes if volume.requested != wanted]
+    if not different:
+        return None
+    names = ", ".join(volume.claim for volume in different)
+    remedy = (
+        "set the size back, since a volume cannot shrink"
+        if min(volume.requested for volume in different) > wanted
+        else "raise spec.resources.requests.storage of each, if its StorageClass allows that, or set the size back"
+    )
+    return Fact(
+        "StorageNotResized",
+        f"spec.queue.storage.size: {size} is wanted, but the volumes that exist keep their size "
+        f"(PersistentVolumeClaim {names}); {remedy}.",
     )
 
 

@@ -20,6 +20,7 @@ from mailsluice_operator.children.metadata import (
 )
 from mailsluice_operator.cluster.objects import (
     CHILDREN,
+    CLAIM,
     NAMESPACE,
     POD,
     SECRET,
@@ -51,6 +52,7 @@ def selectors() -> Mapping[Kind, str | None]:
         SMTP_USER: None,
         **dict.fromkeys(CHILDREN, ours),
         SECRET: f"{WATCH_LABEL}=true",
+        CLAIM: ours,
         POD: RELAY_LABEL,
         NAMESPACE: None,
     }

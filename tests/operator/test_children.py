@@ -12,9 +12,17 @@ from mailsluice_operator import desired
 from mailsluice_operator.children import network, secrets, workload
 from mailsluice_operator.children.compare import quantity, satisfied
 from mailsluice_operator.children.metadata import APPLIED_ANNOTATION, Owner, child, fingerprint
-from mailsluice_operator.resource.models import SmtpRelay, relay_from
+from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, relay_from, user_from
+from mailsluice_relay.config import login_key
 
 Object = dict[str, Any]
+
+LISTENERS = (
+    {"name": "smtp", "port": 25, "mode": "StartTLS"},
+    {"name": "submissions", "port": 465, "mode": "ImplicitTLS"},
+    {"name": "submission", "port": 587, "mode": "StartTLS"},
+)
+"""The default ones."""
 
 OWNER = Owner("SmtpRelay", "mail", "out", "uid-1")
 SETTINGS = workload.PodSettings("relay:1")
@@ -116,6 +124,7 @@ def test_claims_of_a_stateful_set_that_exists_are_kept() -> None:
         {"upstreams": [{"name": "other", "host": "other.test"}]},
         {"hostname": "mail.example.test"},
         {"replicas": 3},
+        {"listeners": [{**listener, "normalizeLineEndings": True} for listener in LISTENERS]},
     ],
 )
 def test_what_a_running_relay_can_take_makes_no_new_pod(changed: Object) -> None:
@@ -127,13 +136,20 @@ def test_what_a_running_relay_can_take_makes_no_new_pod(changed: Object) -> None
     [
         {"image": "relay:2"},
         {"listeners": [{"name": "smtp", "port": 2525}]},
+        {"listeners": [{"name": "smtp", "port": 25, "mode": "ImplicitTLS"}]},
+        {"listeners": [{"name": "mail", "port": 25}]},
+        {"listeners": [{"name": "smtp", "port": 25, "proxyProtocol": {"trustedNetworks": ["192.0.2.0/24"]}}]},
         {"resources": {"limits": {"memory": "1Gi"}}},
         {"podTemplate": {"spec": {"priorityClassName": "mail"}}},
         {"annotations": {"mailsluice.dev/restartedAt": "2026-01-01T00:00:00Z"}},
     ],
 )
 def test_what_needs_a_new_pod_changes_the_template(changed: Object) -> None:
-    assert made(relay(**changed))["spec"]["template"] != made(relay())["spec"]["template"]
+    before = relay(listeners=[{"name": "smtp", "port": 25}])
+    assert (
+        made(relay(**{"listeners": [{"name": "smtp", "port": 25}], **changed}))["spec"]["template"]
+        != (made(before)["spec"]["template"])
+    )
 
 
 def test_the_pod_template_of_the_resource_is_added_and_cannot_take_the_safety_away() -> None:
@@ -276,6 +292,58 @@ def test_a_body_that_lost_a_field_has_another_fingerprint() -> None:
 )
 def test_a_claim_lies_within_a_template(template: str, claim: str, granted: bool) -> None:
     assert desired.template_matches(template, claim, "shop") is granted
+
+
+def claimed(login: str, name: str = "one", created: str = "2026-01-01T00:00:00Z") -> SmtpUser:
+    metadata = {"name": name, "namespace": "mail", "uid": name, "creationTimestamp": created}
+    return user_from({"metadata": metadata, "spec": {"relayRef": {"name": "out"}, "login": login}})
+
+
+def refusals(own: frozenset[str], *users: SmtpUser) -> list[str | None]:
+    granting = relay(authentication={"smtpUsers": {"logins": ["*@example.test"]}})
+    decisions = desired.decide(granting, users, {"mail": {}}, own)
+    return [decision.refused.reason if decision.refused is not None else None for decision in decisions]
+
+
+def test_logins_are_compared_as_the_relay_compares_them() -> None:
+    later = "2026-01-02T00:00:00Z"
+    assert refusals(frozenset({login_key("Shop@example.test")}), claimed("sHop@example.test")) == ["LoginTaken"]
+    assert refusals(frozenset(), claimed("a@example.test"), claimed("A@Example.test", "two", later)) == [
+        None,
+        "LoginTaken",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "image", "allowed"),
+    [
+        ((), "relay:1", True),
+        ((), "relay:2", False),
+        (("registry.test/mail/*",), "registry.test/mail/relay:2", True),
+        (("registry.test/mail/*",), "registry.test.evil.test/mail/relay:2", False),
+        (("registry.test/mail/*",), "registryxtest/mail/relay:2", False),
+        (("relay:2", "relay:3"), "relay:3", True),
+    ],
+)
+def test_only_allowed_images_run(patterns: tuple[str, ...], image: str, allowed: bool) -> None:
+    settings = dataclasses.replace(SETTINGS, allowed_images=patterns)
+    refused = desired.image_refused(relay(image=image), settings)
+    assert (refused is None) is allowed
+    assert desired.image_refused(relay(), settings) is None
+
+
+def test_volumes_of_another_size_than_wanted_are_named_with_the_remedy() -> None:
+    wanted = relay(queue={"storage": {"size": "1Gi"}})
+    same, smaller, bigger = (desired.Volume(f"queue-out-{size}", size, size) for size in (1 << 30, 1 << 29, 1 << 31))
+    assert desired.not_resized(wanted, [same]) is None
+    found = desired.not_resized(wanted, [same, smaller])
+    assert found is not None
+    assert smaller.claim in found.message
+    assert same.claim not in found.message
+    assert "raise" in found.message
+    found = desired.not_resized(wanted, [bigger])
+    assert found is not None
+    assert "cannot shrink" in found.message
 
 
 def test_the_first_to_go_is_the_highest_ordinal_and_only_when_it_is_empty() -> None:

@@ -282,3 +282,49 @@ async def test_with_a_role_alone_other_namespaces_cannot_be_granted() -> None:
     world.tell(relay(authentication={"smtpUsers": {**grant, "allowedNamespaces": {"from": "Same"}}}))
     await world.reconcile()
     assert world.condition("ConfigurationValid") == ("True", "Valid")
+
+
+async def test_an_image_that_is_not_allowed_is_refused_and_the_relay_stays_as_it_was(world: World) -> None:
+    await settle(world)
+    template = world.found(STATEFUL_SET, "out")["spec"]["template"]
+    world.tell(relay(image="somebody/else:1"))
+    await world.reconcile()
+    assert world.condition("ConfigurationValid") == ("False", "ImageNotAllowed")
+    assert world.found(STATEFUL_SET, "out")["spec"]["template"] == template
+    world.tell(relay(image="relay:1"))
+    await world.reconcile()
+    assert world.condition("ConfigurationValid") == ("True", "Valid")
+
+
+def volume(requested: str, capacity: str | None = None, ordinal: int = 0) -> Object:
+    labels = {"mailsluice.dev/relay": "out", "app.kubernetes.io/managed-by": "mailsluice"}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": f"queue-out-{ordinal}", "namespace": "mail", "labels": labels},
+        "spec": {"resources": {"requests": {"storage": requested}}},
+        "status": {"capacity": {"storage": capacity}} if capacity is not None else {"phase": "Pending"},
+    }
+
+
+async def test_the_quota_follows_the_smallest_volume_that_exists_until_it_is_expanded(world: World) -> None:
+    def quota() -> int | None:
+        packed = decoded(world.found(SECRET, "out-config"))["config.json.gz"]
+        return decode(packed).queue.maximum_bytes
+
+    await settle(world)
+    world.tell(volume("1Gi", "1Gi"))
+    world.tell(relay(queue={"storage": {"size": "10Gi"}}))
+    await world.reconcile()
+    assert world.condition("Degraded") == ("True", "StorageNotResized")
+    assert quota() == (1 << 30) * 9 // 10
+    world.tell(volume("10Gi", "1Gi"))  # asked for, and not there yet
+    await world.reconcile()
+    assert world.condition("Degraded") == ("False", "AsExpected")
+    assert quota() == (1 << 30) * 9 // 10
+    world.tell(volume("10Gi", "10Gi"))
+    await world.reconcile()
+    assert quota() == (10 << 30) * 9 // 10
+    assert world.found(STATEFUL_SET, "out")["spec"]["volumeClaimTemplates"][0]["spec"]["resources"] == {
+        "requests": {"storage": "1Gi"}
+    }

@@ -20,9 +20,18 @@ def serve(
         str,
         typer.Option(
             envvar="MAILSLUICE_RELAY_IMAGE",
-            help="Image of the relay pods, of the same release as this operator. A relay's spec.image overrides it.",
+            help="Image of the relay pods, of the same release as this operator. A relay's spec.image overrides it, "
+            "if it is allowed.",
         ),
     ],
+    allowed_relay_image: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="MAILSLUICE_ALLOWED_RELAY_IMAGES",
+            help="What a relay's spec.image may be; * stands for any text; may be repeated. Left out: --relay-image "
+            "alone.",
+        ),
+    ] = None,
     namespace: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,7 +65,11 @@ def serve(
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line an event otherwise
     run(
         Options(
-            pods=PodSettings(image=relay_image, bind=tuple(relay_bind or _default_bind())),
+            pods=PodSettings(
+                image=relay_image,
+                bind=tuple(relay_bind or _default_bind()),
+                allowed_images=tuple(allowed_relay_image or ()),
+            ),
             namespaces=tuple(namespace or ()),
             kubeconfig=os.environ.get("KUBECONFIG") or None,
             http_host=http_host,

@@ -85,6 +85,7 @@ def build(
     users: Iterable[config.User] = (),
     server: config.Credentials,
     replicas: int = 1,
+    volume: int | None = None,
     drain_from_ordinal: int | None = None,
     hash_password: HashPassword = config.hash_password,
 ) -> Built:
@@ -92,7 +93,7 @@ def build(
 
     `secrets` are those that `secret_uses` lists, by name, as far as they exist. `users` are the granted SmtpUsers.
     `server` is the operator's own certificate (tls.crt, tls.key, ca.crt); not read when tls.secretRef names one.
-    `replicas` divide what an upstream takes.
+    `replicas` divide what an upstream takes. `volume` is the size of the smallest volume that a queue has already.
     """
     uses = secret_uses(relay)
     if facts := [*_not_supported(relay), *_wrong_secrets(relay, uses, secrets)]:
@@ -134,7 +135,7 @@ def build(
         upstreams=tuple(
             _upstream(upstream, max(replicas, 1), has_grant=_has_grant(upstream, secrets)) for upstream in upstreams
         ),
-        queue=_queue(spec.queue),
+        queue=_queue(spec.queue, volume),
         bounces=config.Bounces(address=spec.bounces.address),
         dkim=tuple(
             config.Dkim(domain=signature.domain, selector=signature.selector, key=_dkim_file(index))
@@ -316,8 +317,10 @@ def _spam(spam: models.Spam) -> config.Spam:
     return config.Spam(suspect_at=spam.suspect_at, hold_at=spam.hold_at, reject_at=spam.reject_at, rules=rules)
 
 
-def _queue(queue: models.Queue) -> config.Queue:
+def _queue(queue: models.Queue, existing: int | None) -> config.Queue:
     volume = octets((queue.storage or DEFAULT_STORAGE).size)
+    if existing is not None:
+        volume = min(volume, existing)
     return config.Queue(
         mode=queue.mode,
         lifetime=seconds(queue.lifetime),

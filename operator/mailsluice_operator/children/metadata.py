@@ -26,6 +26,8 @@ APPLIED_ANNOTATION: Final = "mailsluice.dev/applied"
 """Fingerprint of the whole body that was applied last. A body that lacks a field which the one before it had looks like
 a subset of what is there; the fingerprint tells that it has to be applied all the same, so that the field goes."""
 REVISION_ANNOTATION: Final = "mailsluice.dev/revision"
+LISTENERS_ANNOTATION: Final = "mailsluice.dev/listeners"
+"""On pods: fingerprint of what of the listeners a running relay cannot change."""
 RESTARTED_ANNOTATION: Final = "mailsluice.dev/restartedAt"
 DISCARD_QUEUE_ANNOTATION: Final = "mailsluice.dev/discard-queue"
 DRAIN_FINALIZER: Final = "mailsluice.dev/drain"

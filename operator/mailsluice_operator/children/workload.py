@@ -6,11 +6,13 @@ through the two mounted Secrets, whose contents leave no trace in the template.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from mailsluice_operator.children.metadata import (
+    LISTENERS_ANNOTATION,
     MANAGED_BY,
     MANAGED_BY_LABEL,
     RELAY_LABEL,
@@ -20,6 +22,7 @@ from mailsluice_operator.children.metadata import (
     child,
     config_name,
     credentials_name,
+    fingerprint,
     plain,
     pods_service_name,
     relay_labels,
@@ -49,6 +52,14 @@ class PodSettings:
     image: str
     bind: tuple[str, ...] = ("0.0.0.0",)  # noqa: S104 - inside a pod; who may connect is the Service's and NetworkPolicy's
     """Addresses that the relay listens on: 0.0.0.0, or :: where pods have IPv6 addresses, or both."""
+    allowed_images: tuple[str, ...] = ()
+    """What spec.image may be beside `image`; * stands for any text."""
+
+    def allows(self, image: str) -> bool:
+        """Whether a relay may run this image: who may create a SmtpRelay need not be one who may choose programs."""
+        return image == self.image or any(
+            re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), image) for pattern in self.allowed_images
+        )
 
 
 def service_account(owner: Owner) -> Object:
@@ -111,11 +122,24 @@ def pod_template(relay: SmtpRelay, owner: Owner, settings: PodSettings) -> Objec
         annotations |= template.metadata.annotations
     if (restarted := relay.metadata.annotations.get(RESTARTED_ANNOTATION)) is not None:
         annotations[RESTARTED_ANNOTATION] = restarted
+    annotations[LISTENERS_ANNOTATION] = _listeners(relay)
     wishes = template.spec if template is not None and template.spec is not None else PodSpec()
     return {
         "metadata": {"labels": {**extra_labels, **relay_labels(owner.name)}, "annotations": annotations},
         "spec": _pod_spec(relay, owner, settings, wishes),
     }
+
+
+def _listeners(relay: SmtpRelay) -> str:
+    """The same for as long as a running relay takes the listeners (`check` of its listener.py)."""
+    return fingerprint(
+        {
+            "listeners": [
+                [listener.name, bound_port(listener.port), listener.mode.value, listener.proxy_protocol is not None]
+                for listener in relay.spec.listeners
+            ]
+        }
+    )
 
 
 def _pod_spec(relay: SmtpRelay, owner: Owner, settings: PodSettings, wishes: PodSpec) -> Object:
@@ -217,6 +241,6 @@ def _volumes(relay: SmtpRelay, owner: Owner) -> list[Object]:
         {"name": "tmp", "emptyDir": {}},
     ]
     if relay.spec.queue.mode is QueueMode.PASS_THROUGH:
-        # Holds the control socket only: nothing is accepted before the upstream has it.
+        # The control socket, and large messages while they come in: none is accepted before the upstream has it.
         volumes.append({"name": QUEUE_VOLUME, "emptyDir": {}})
     return volumes

@@ -48,7 +48,7 @@ CHILDREN = (SECRET, CONFIG_MAP, SERVICE_ACCOUNT, SERVICE, STATEFUL_SET, DEPLOYME
 """Kinds of which a relay has children, in the order in which they are applied: what a pod needs comes before it."""
 
 KINDS: Mapping[tuple[str, str], Kind] = {
-    (kind.api_version, kind.name): kind for kind in (SMTP_RELAY, SMTP_USER, *CHILDREN, POD, NAMESPACE, EVENT)
+    (kind.api_version, kind.name): kind for kind in (SMTP_RELAY, SMTP_USER, *CHILDREN, CLAIM, POD, NAMESPACE, EVENT)
 }
 
 

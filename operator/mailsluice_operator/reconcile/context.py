@@ -52,7 +52,7 @@ class Context:
     namespaced: bool = False
     """Only some namespaces are watched, and Namespaces themselves cannot be."""
     own_logins: dict[Key, frozenset[str]] = field(default_factory=dict)
-    """Each relay's own users, folded, as its last reconcile read them."""
+    """Each relay's own users, as `login_key` has them and as its last reconcile read them."""
     recent: Recent = field(init=False)
 
     def __post_init__(self) -> None:

@@ -27,9 +27,7 @@ from mailsluice_operator.children.metadata import (
     selector,
 )
 from mailsluice_operator.children.secrets import CONFIG_KEY, config_secret, decoded
-from mailsluice_operator.children.workload import QUEUE_VOLUME
 from mailsluice_operator.cluster.objects import (
-    CLAIM,
     SECRET,
     SERVICE,
     SMTP_RELAY,
@@ -40,10 +38,9 @@ from mailsluice_operator.cluster.objects import (
 from mailsluice_operator.reconcile import secrets, users
 from mailsluice_operator.reconcile.context import Context, Key
 from mailsluice_operator.reconcile.pods import FRESH, FRESH_SILENCE, FRESH_WHILE_CHANGING, Pods, drained, is_ready
-from mailsluice_operator.reconcile.workload import Workload
+from mailsluice_operator.reconcile.workload import Workload, claim_of, volumes
 from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwanted, ensure_child, write_status
 from mailsluice_operator.resource.models import SmtpRelay, relay_from
-from mailsluice_operator.resource.not_yet import not_yet
 from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.references import secret_uses
 from mailsluice_operator.resource.status import SmtpRelayStatus
@@ -206,9 +203,7 @@ class RelayReconciler:
         running = {view.name for view in views if view.running}
         for ordinal in ordinals:
             if left.get(ordinal) is None and f"{key.name}-{ordinal}" not in running:
-                claim = await self._context.cluster.get(
-                    Reference(CLAIM, key.namespace, f"{QUEUE_VOLUME}-{key.name}-{ordinal}")
-                )
+                claim = await self._context.cluster.get(claim_of(key, ordinal))
                 if claim is None or claim["status"].get("phase") == "Pending":
                     left[ordinal] = 0
         return left
@@ -217,6 +212,8 @@ class RelayReconciler:
         """The configuration and the certificates; or why there can be none, which names object and field."""
         if self._context.namespaced and (beyond := _needs_cluster_scope(relay)) is not None:
             return beyond
+        if (refused := desired.image_refused(relay, self._context.settings)) is not None:
+            return refused
         read: dict[str, configuration.Secret] = {}
         for use in secret_uses(relay):
             found = await secrets.read(self._context, Reference(SECRET, key.namespace, use.name))
@@ -226,6 +223,8 @@ class RelayReconciler:
         self._set_own_logins(key, configuration.own_logins(relay, read))
         granted = users.granted(self._context, key, relay)
         material = self._own_material(key, relay) if relay.spec.tls.secret_ref is None else None
+        persistent = relay.spec.queue.mode is QueueMode.PERSISTENT
+        exist = volumes(self._context, key, step.replicas) if persistent else []
 
         def build() -> configuration.Built:
             return configuration.build(
@@ -237,6 +236,7 @@ class RelayReconciler:
                 ],
                 server=material.server_files() if material is not None else {},
                 replicas=step.replicas,
+                volume=min((volume.capacity for volume in exist), default=None),
                 drain_from_ordinal=step.drain_from_ordinal,
                 hash_password=self._hashes,
             )
@@ -252,15 +252,16 @@ class RelayReconciler:
             desired.Contents(packed, made.configuration.revision, made.files, made.configuration.credentials_revision),
             authority=material.secret() if material is not None else None,
             logins=len(made.configuration.authentication.users),
-            degraded=tuple(self._shortcomings(relay, made.files)),
+            degraded=tuple(self._shortcomings(relay, made, exist)),
         )
 
-    def _shortcomings(self, relay: SmtpRelay, files: Mapping[str, bytes]) -> Iterator[Fact]:
+    def _shortcomings(self, relay: SmtpRelay, made: configuration.Built, exist: list[desired.Volume]) -> Iterator[Fact]:
         """What does not keep the relay from working, but wants a person's attention."""
-        for item in not_yet(relay):
-            yield Fact("NotYetSupported", f"{item.field}: {item.message}.")
+        yield from made.degraded
+        if (fact := desired.not_resized(relay, exist)) is not None:
+            yield fact
         given = relay.spec.tls.secret_ref
-        expiry = credentials.expiry(files.get("tls.crt", b"")) if given is not None else None
+        expiry = credentials.expiry(made.files.get("tls.crt", b"")) if given is not None else None
         if given is not None and expiry is not None and expiry - self._context.now() < EXPIRING:
             yield Fact(
                 "CertificateExpiring",

@@ -21,6 +21,7 @@ from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwante
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, relay_from, user_from
 from mailsluice_operator.resource.status import SmtpUserStatus
 from mailsluice_operator.status import user_status
+from mailsluice_relay.config import login_key
 
 NAME_TAKEN_RETRY: Final = 30.0
 """Seconds after which is looked again whether a foreign Secret still has the name: no watch tells of it."""
@@ -124,7 +125,7 @@ async def _report(
         unready=unready,
         suspended=user is not None
         and relay is not None
-        and user.spec.login.casefold() in (login.casefold() for login in relay.spec.authentication.suspended_logins),
+        and login_key(user.spec.login) in map(login_key, relay.spec.authentication.suspended_logins),
         now=context.now(),
     )
     if refused is not None:

@@ -1,12 +1,15 @@
-"""What the cluster says of the StatefulSet or Deployment that runs a relay's pods now."""
+"""What the cluster says of the StatefulSet or Deployment that runs a relay's pods now, and of its volumes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
-from mailsluice_operator.cluster.objects import DEPLOYMENT, STATEFUL_SET, Object, Reference
+from mailsluice_operator.children.workload import QUEUE_VOLUME
+from mailsluice_operator.cluster.objects import CLAIM, DEPLOYMENT, STATEFUL_SET, Object, Reference
+from mailsluice_operator.desired import Volume
 from mailsluice_operator.reconcile.context import Context, Key
+from mailsluice_operator.resource.quantities import octets
 
 _CLAIM_FIELDS: Final = ("accessModes", "resources", "storageClassName")
 """What `children.workload` says of a claim; the API server adds a status and defaults."""
@@ -63,3 +66,23 @@ class Workload:
 
     def count(self, field: str) -> int:
         return int((self.body.get("status") or {}).get(field, 0)) if self.body is not None else 0
+
+
+def claim_of(relay: Key, ordinal: int) -> Reference:
+    """The claim of one replica's queue."""
+    return Reference(CLAIM, relay.namespace, f"{QUEUE_VOLUME}-{relay.name}-{ordinal}")
+
+
+def volumes(context: Context, relay: Key, replicas: int) -> list[Volume]:
+    """The volumes of the first so many replicas, as far as they exist: from an earlier relay of this name as well."""
+    found: list[Volume] = []
+    for ordinal in range(replicas):
+        body = context.store.get(claim_of(relay, ordinal))
+        if body is not None:
+            requested = octets(body["spec"]["resources"]["requests"]["storage"])
+            capacity = (body.get("status") or {}).get("capacity", {}).get("storage")
+            # Before it is bound to a volume it has none.
+            found.append(
+                Volume(body["metadata"]["name"], requested, octets(capacity) if capacity is not None else requested)
+            )
+    return found
