@@ -224,6 +224,11 @@ class Admission:
                 task.add_done_callback(self._retired.discard)
 
     @property
+    def asks_others(self) -> bool:
+        """Whether `mail` and `message` may wait: for the store of limits."""
+        return self._shared_counts is not None
+
+    @property
     def limit_store_state(self) -> StoreState | None:
         """How the store of rate limits is; None: there is none."""
         return self._shared_counts.state if self._shared_counts is not None else None

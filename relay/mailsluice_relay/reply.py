@@ -127,6 +127,8 @@ class Reply:
         """The reply on the wire: every line with code and status (RFC 2034 section 4), none over 512 octets."""
         prefix = f"{self.status} " if self.status else ""
         room = MAXIMUM_REPLY_LINE - len(prefix) - 6
+        if len(self.text) <= room and self.text.isascii() and "\n" not in self.text:  # nearly all
+            return f"{self.code} {prefix}{self.text}\r\n".encode()
         lines: list[str] = []
         for line in self.text.split("\n"):
             rest = line.encode("utf-8", "replace").decode("utf-8")

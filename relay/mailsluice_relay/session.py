@@ -165,8 +165,8 @@ class Session(aiosmtpd.smtp.SMTP):
         self._engine = Engine(service.settings)
         self._tcp: asyncio.Transport | None = None
         """The connection; None before it is there and after it is lost."""
-        self._task: asyncio.Task[None] | None = None
-        """The decision that waits."""
+        self._task: asyncio.Future[Any] | None = None
+        """The decision that waits, or what it waits for."""
         self._exchange: sasl.Exchange | None = None
         self._incoming: ContentWriter | None = None
         self._size = 0
@@ -400,6 +400,37 @@ class Session(aiosmtpd.smtp.SMTP):
             log.exception("session.failed", session=self.client.session_id)
             self._fail()
         self._task = None
+        self._go_on()
+
+    def _decide_on_mail(self, decision: Coroutine[Any, Any, None]) -> None:
+        """As `_decide`, and mostly at once: where admission asks nobody, the only wait is for the queue."""
+        if self.service.admission.asks_others:
+            self._decide(decision)
+        else:
+            self._proceed(decision)
+
+    def _proceed(self, decision: Coroutine[Any, Any, None], awaited: asyncio.Future[Any] | None = None) -> None:
+        """Run a decision as far as it goes, from future to future. A task for each would cost more than most of them.
+
+        Nothing in it may ask for the current task (as `asyncio.timeout` does): there is none.
+        """
+        try:
+            waits_for: asyncio.Future[Any] = decision.send(None)
+        except StopIteration:
+            self._task = None
+        except Exception:
+            log.exception("session.failed", session=self.client.session_id)
+            self._task = None
+            self._fail()
+        else:
+            self._task = waits_for
+            waits_for.add_done_callback(functools.partial(self._proceed, decision))
+            return
+        if awaited is not None:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """A decision was waited for, and is made."""
         if self._tcp is None:
             self._finish()
             return
@@ -530,7 +561,7 @@ class Session(aiosmtpd.smtp.SMTP):
 
     # --- the transaction ---------------------------------------------------------------------------------------------
     def _on_mail(self, event: engine.Mail) -> None:
-        self._decide(self._consider_sender(event.envelope))
+        self._decide_on_mail(self._consider_sender(event.envelope))
 
     async def _consider_sender(self, envelope: Envelope) -> None:
         if self._stopping:
@@ -579,7 +610,8 @@ class Session(aiosmtpd.smtp.SMTP):
             self._refuse_message(self._failed)
             self._engine.answer(self._failed.reply)
             return
-        self._decide(self._take_message(event.envelope, writer or self.service.dispatcher.new_content(), ended))
+        writer = writer or self.service.dispatcher.new_content()
+        self._decide_on_mail(self._take_message(event.envelope, writer, ended))
 
     def _write(self, data: bytes) -> None:
         """Add to the message that is being read; a message that will be refused is read on and dropped."""

@@ -263,6 +263,8 @@ class Willing:
         login = Login(attempt.login, attempt.mechanism)
         return Authentication(login, Verdict(reply.AUTHENTICATED, Reason.ACCEPTED))
 
+    asks_others = True
+
     async def mail(self, client: Client, envelope: Envelope) -> Verdict:
         await asyncio.sleep(0)
         return Verdict(reply.SENDER_OK, Reason.ACCEPTED)

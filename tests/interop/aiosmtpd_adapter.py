@@ -177,6 +177,8 @@ class Hooks:
         self.adapter.session.auth_data = result.auth_data
         return Authentication(Login(attempt.login, attempt.mechanism), Verdict(reply.AUTHENTICATED, Reason.ACCEPTED))
 
+    asks_others = True
+
     async def mail(self, client: Client, envelope: Envelope) -> Verdict:
         if self.adapter.require_starttls and client.tls is None:
             return Verdict(reply.TLS_REQUIRED, Reason.TLS_REQUIRED)
