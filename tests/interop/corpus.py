@@ -14,12 +14,13 @@ A file holds the dialogues of one topic. A dialogue is a heading, what is said a
 `Listener`  `open` (the default: in the clear, no login needed from loopback), `lenient` (the same, and wrong line
             endings of a text are mended), `mixed` (STARTTLS and login may be used, from loopback neither is needed),
             `submission` (STARTTLS and login needed) or `submissions` (TLS from the start, login needed).
-`State`     how far the session is when the dialogue begins: `connected` (nothing was read yet), `greeted`, `hello` (the
-            default), `tls`, `login`, `sender`, `recipient`, `data`. On `submission` and `submissions` the last three
-            include the login.
+`State`     how far the session is when the dialogue begins: `raw` (connected, and no handshake where TLS comes first),
+            `connected` (nothing was read yet), `greeted`, `hello` (the default), `tls`, `login`, `sender`, `recipient`,
+            `data`. On `submission` and `submissions` the last three include the login.
 `Why`       why servers (a list of names) answer otherwise with good reason, or without. It names an RFC with section.
             A server whose reply is of another class and which no `Why` names is an error, and so is a `Why` without a
             difference.
+`Alone`     why the dialogue is not played into other servers.
 `#`         a comment.
 
 Lines:
@@ -33,6 +34,7 @@ Lines:
 `S*99: 250`      99 replies.
 `S: closed`      the server closes the connection.
 `TLS`            the TLS handshake.
+`EOF`            the client ends its side of the connection, and still reads.
 
 In octets `\r \n \0 \t \\ \{ \}` and `\xHH` are what they are elsewhere, `{a*600}` is 600 times `a`, `{base64:text}` is
 what it says. Everything else is UTF-8 as it stands.
@@ -52,7 +54,7 @@ DIALOGUES: Final = Path(__file__).parent / "dialogues"
 LISTENERS: Final = ("open", "lenient", "mixed", "submission", "submissions")
 WITHOUT_TLS: Final = ("open", "lenient")
 WITHOUT_LOGIN: Final = (*WITHOUT_TLS, "mixed")
-STATES: Final = ("connected", "greeted", "hello", "tls", "login", "sender", "recipient", "data")
+STATES: Final = ("raw", "connected", "greeted", "hello", "tls", "login", "sender", "recipient", "data")
 
 _ESCAPE: Final = re.compile(r"\\(?:([rn0t\\{}])|x([0-9A-Fa-f]{2}))|\{([^{}*]+)\*([0-9]+)\}|\{base64:((?:\\.|[^{}])*)\}")
 _ESCAPED: Final = {"r": b"\r", "n": b"\n", "0": b"\0", "t": b"\t", "\\": b"\\", "{": b"{", "}": b"}"}
@@ -92,7 +94,12 @@ class Handshake:
     """The client begins TLS."""
 
 
-Step = Send | Expect | Handshake
+@dataclass(frozen=True)
+class HalfClose:
+    """The client sends nothing more, and still reads."""
+
+
+Step = Send | Expect | Handshake | HalfClose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,7 @@ class Dialogue:
     steps: tuple[Step, ...]
     whys: Mapping[str, str]
     """By server."""
+    alone: str
 
     @property
     def name(self) -> str:
@@ -189,6 +197,9 @@ def _dialogue(topic: str, lines: Sequence[tuple[int, str]]) -> Dialogue:
             elif line == "TLS":
                 flush()
                 steps.append(Handshake())
+            elif line == "EOF":
+                flush()
+                steps.append(HalfClose())
             elif match := re.fullmatch(r"Why ([a-z, ]+): (.+)", line):
                 for server in match[1].split(", "):
                     whys[server] = _reference(match[2])
@@ -212,11 +223,12 @@ def _dialogue(topic: str, lines: Sequence[tuple[int, str]]) -> Dialogue:
         state=state,
         steps=tuple(steps),
         whys=whys,
+        alone=said.get("Alone", ""),
     )
 
 
 def _said(line: str) -> tuple[str, str]:
-    match = re.fullmatch(r"(Rule|Listener|State): (.+)", line)
+    match = re.fullmatch(r"(Rule|Listener|State|Alone): (.+)", line)
     if not match:
         raise ValueError("neither a line of a dialogue nor something said about one")
     return match[1], _reference(match[2]) if match[1] == "Rule" else match[2]

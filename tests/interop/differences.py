@@ -48,7 +48,7 @@ class Comparison:
 def compare(name: str, certificates: servers.Certificates, dialogues: Sequence[Dialogue]) -> Comparison:
     """Raises servers.UnavailableError."""
     with servers.FOREIGN[name](certificates) as server:
-        playable = [dialogue for dialogue in dialogues if server.plays(dialogue)]
+        playable = [dialogue for dialogue in dialogues if not dialogue.alone and server.plays(dialogue)]
         found = [_difference(dialogue, server) for dialogue in playable]
     return Comparison(name, servers.version(name), len(playable), tuple(each for each in found if each is not None))
 

@@ -11,10 +11,10 @@ import re
 import socket
 import ssl
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from corpus import WITHOUT_LOGIN, Dialogue, Expect, Handshake, Send
+from corpus import WITHOUT_LOGIN, Dialogue, Expect, HalfClose, Handshake, Send
 
 LOGIN: Final = "app@example.test"
 PASSWORD: Final = "right"
@@ -104,6 +104,10 @@ class Connection:
         with contextlib.suppress(OSError):
             self._socket.sendall(octets)
 
+    def half_close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
     def start_tls(self) -> None:
         try:
             self._socket = self._context.wrap_socket(self._socket, server_hostname="relay.test")
@@ -160,7 +164,7 @@ def play(dialogue: Dialogue, address: Address, *, to_the_end: bool = True) -> Pl
     """
     played = Played()
     try:
-        connection = Connection(address)
+        connection = Connection(replace(address, implicit_tls=False) if dialogue.state == "raw" else address)
     except (BrokenError, OSError) as error:
         played.beginning = Answer(str(error) if isinstance(error, BrokenError) else "refused")
         return played
@@ -172,12 +176,14 @@ def play(dialogue: Dialogue, address: Address, *, to_the_end: bool = True) -> Pl
 
 
 def _play(connection: Connection, dialogue: Dialogue, played: Played, to_the_end: bool) -> None:
-    said = "the connection" if dialogue.state == "connected" else "the beginning"
+    said = "the connection" if dialogue.state in {"raw", "connected"} else "the beginning"
     for step in dialogue.steps:
         match step:
             case Send(octets, shown):
                 said = shown
                 connection.send(octets)
+            case HalfClose():
+                connection.half_close()
             case Handshake():
                 said = "the TLS handshake"
                 try:
@@ -198,7 +204,7 @@ def begin(connection: Connection, dialogue: Dialogue) -> Answer | None:
     """Bring the session to the dialogue's state; what was answered instead where that fails."""
     order = ("connected", "greeted", "hello", "sender", "recipient", "data")
     state, listener = dialogue.state, dialogue.listener
-    if state == "connected":
+    if state in {"raw", "connected"}:
         return None
     commands: list[tuple[str, str]] = [("", "220")]
     if state != "greeted":
