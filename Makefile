@@ -49,8 +49,9 @@ test-node: setup ## the tests on a real one-node cluster (root)
 	$(PYTEST) -m node
 
 .PHONY: test-interop
-test-interop: setup ## against other mail software: Postfix, Exim, OpenSMTPD (root)
+test-interop: setup ## against other mail software: servers, clients, HAProxy, aiosmtpd's suite (root)
 	tools/interop-servers
+	tools/interop-clients
 	$(PYTEST) -m interop tests/interop
 
 .PHONY: test-all
