@@ -47,6 +47,9 @@ class Discarding(Dispatcher):
     def refuses(self) -> Reply | None:
         return None
 
+    def passage(self, _envelope: Envelope) -> None:
+        """Messages are queued."""
+
 
 class NoHash(Admission):
     """Knows everybody at once."""

@@ -12,7 +12,8 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from mailsluice_operator.app.metrics import Metrics as OperatorMetrics
-from mailsluice_operator.children.metadata import RELAY_LABEL
+from mailsluice_operator.children.metadata import RELAY_LABEL, Owner
+from mailsluice_operator.children.monitoring import prometheus_rule
 from mailsluice_operator.cluster.objects import SMTP_RELAY
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.resource import not_yet as not_yet_module
@@ -89,6 +90,17 @@ def test_every_condition_is_explained() -> None:
     assert explained == in_code
 
 
+# --- docs/alerts.md ---------------------------------------------------------------------------------------------------
+
+
+def test_every_alert_is_explained() -> None:
+    spec = {"upstreams": [{"name": "provider", "host": "smtp.provider.test"}], "monitoring": {"rules": True}}
+    rule = prometheus_rule(relay_from({"metadata": {"name": "out"}, "spec": spec}), Owner("SmtpRelay", "mail", "out", ""))
+    assert rule is not None
+    made = [(alert["alert"], alert["labels"]["severity"]) for alert in rule["spec"]["groups"][0]["rules"]]
+    assert [(row[0].strip("`"), row[1]) for row in rows((DOCS / "alerts.md").read_text())] == made
+
+
 # --- docs/status.md ---------------------------------------------------------------------------------------------------
 
 
@@ -110,12 +122,8 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         "upstreams": [
             {"name": "placeholder", "type": "DirectToMX"},
         ],
-        "queue": {"mode": "PassThrough"},
         "bounces": {"address": "bounces@example.test"},
         "dkim": [{"domain": "example.test", "selector": "s1", "privateKeySecretRef": secret}],
-        "networkPolicy": {"enabled": True},
-        "autoscaling": {"maxReplicas": 2, "cpuUtilization": 70},
-        "monitoring": {"podMonitor": True, "rules": True},
     }
     user = {"relayRef": {"name": "out"}, "login": "shop@example.test", "rotation": {"every": "720h"}}
     metadata = {"name": "out"}
@@ -128,21 +136,16 @@ def said() -> list[tuple[NotYet, str]]:
     return [*((item, "") for item in not_yet(relay)), *((item, "SmtpUser ") for item in not_yet(user))]
 
 
-def listed(*, refused: bool) -> list[list[str]]:
+def listed() -> list[list[str]]:
     """The rows as the page has to have them."""
     return sorted(
         [f"{kind}`{re.sub(r'[0-9]+(?=])', '', item.field)}`", item.message.replace("placeholder", "NAME")]
         for item, kind in said()
-        if item.refused is refused
     )
 
 
-def test_what_is_refused_is_listed() -> None:
-    assert sorted(rows(section("status.md", "Refused"))) == listed(refused=True)
-
-
 def test_what_has_no_effect_is_listed() -> None:
-    assert sorted(rows(section("status.md", "Accepted without effect"))) == listed(refused=False)
+    assert sorted(rows(section("status.md", "Accepted without effect"))) == listed()
 
 
 def test_nothing_that_the_table_of_the_code_can_say_is_forgotten() -> None:

@@ -123,6 +123,14 @@ class FailureAction(enum.StrEnum):
     DEFER = "Defer"
 
 
+class EngineType(enum.StrEnum):
+    """Which protocol a spam engine speaks."""
+
+    RSPAMD = "Rspamd"
+    SPAM_ASSASSIN = "SpamAssassin"
+    CLAM_AV = "ClamAV"
+
+
 class QueueMode(enum.StrEnum):
     PERSISTENT = "Persistent"
     PASS_THROUGH = "PassThrough"
@@ -268,6 +276,19 @@ class SpamRule(Struct, frozen=True, kw_only=True):
     deviations: float | None = None
 
 
+class Engine(Struct, frozen=True, kw_only=True):
+    """A content scanner that is asked about every message."""
+
+    name: Name
+    type: EngineType
+    url: str = ""
+    """Of Rspamd; the others have `address`, host:port."""
+    address: str = ""
+    timeout: Seconds = 10.0
+    on_failure: FailureAction = FailureAction.ALLOW
+    """When it gives no verdict: Allow, the message goes on without it; Defer, 451."""
+
+
 class Spam(Struct, frozen=True, kw_only=True):
     """Thresholds of the score; None: never. `suspect_at <= hold_at <= reject_at`."""
 
@@ -276,6 +297,7 @@ class Spam(Struct, frozen=True, kw_only=True):
     reject_at: float | None = None
     rules: dict[str, SpamRule] = {}
     """By name; empty: all rules with their defaults."""
+    engines: tuple[Engine, ...] = ()
 
 
 class UpstreamLimits(Struct, frozen=True, kw_only=True):

@@ -75,6 +75,10 @@ class Reason(enum.StrEnum):
     TIMEOUT = "timeout"
     INTERNAL_ERROR = "internal_error"
 
+    # What the next server says (PassThrough)
+    UPSTREAM_REFUSED = "upstream_refused"
+    UPSTREAM_UNAVAILABLE = "upstream_unavailable"
+
 
 SUSPICION_REASONS = frozenset(
     {
@@ -251,7 +255,10 @@ TOO_MANY_CONNECTIONS = Reply(421, "4.7.0", "Too many connections; try again late
 SHUTTING_DOWN = Reply(421, "4.3.2", "Service is shutting down; try again", close=True)
 TIMED_OUT = Reply(421, "4.4.2", "Timeout waiting for the client", close=True)
 INTERNAL_ERROR = Reply(451, "4.3.0", "Local error in processing; try again later")
+ENGINE_UNAVAILABLE = Reply(451, "4.7.1", "The message cannot be scanned now; try again later")
 LIMIT_STORE_UNAVAILABLE = Reply(451, "4.7.1", "Rate limits cannot be checked now; try again later")
+OTHER_ROUTE = Reply(452, "4.5.3", "This recipient goes another way than the first; send it in another message")
+UPSTREAM_UNAVAILABLE = Reply(451, "4.4.1", "The next server cannot be reached now; try again later")
 LOGIN_SUSPENDED_STATUS = "4.7.1"
 
 
@@ -266,6 +273,10 @@ def greeting(hostname: str) -> Reply:
 
 def queued(queue_id: str) -> Reply:
     return Reply(250, "2.0.0", f"OK: queued as {queue_id}")
+
+
+def passed_on(queue_id: str, answer: str) -> Reply:
+    return Reply(250, "2.0.0", f"OK: {queue_id} was taken by the next server: {answer}")
 
 
 def login_suspended(login: str) -> Reply:
@@ -304,6 +315,10 @@ def more_than_limit(limit: str) -> Reply:
 
 def spam_rejected(reason: Reason) -> Reply:
     return Reply(550, "5.7.1", f"Message rejected as spam ({reason})")
+
+
+def malware_found(name: str) -> Reply:
+    return Reply(550, "5.7.1", f"Message rejected: malware found ({name})")
 
 
 def header_malformed(what: str) -> Reply:

@@ -29,7 +29,7 @@ import structlog
 from mailsluice_relay import reply
 from mailsluice_relay.auth import sasl
 from mailsluice_relay.config import Configuration, Listener, ListenerMode
-from mailsluice_relay.envelope import Client, Envelope, Message, TLSState
+from mailsluice_relay.envelope import Client, Envelope, Message, Recipient, TLSState
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.policy.networks import Networks
 from mailsluice_relay.reply import Reason, Reply, Result, Verdict
@@ -41,6 +41,7 @@ from mailsluice_relay.spool.errors import SpoolError, SpoolFull
 if TYPE_CHECKING:
     from mailsluice_relay.admission import Admission, Judgement
     from mailsluice_relay.dispatch import Dispatcher
+    from mailsluice_relay.dispatch.passage import Passage
     from mailsluice_relay.spool.content import ContentWriter
 
 log = structlog.get_logger()
@@ -168,6 +169,8 @@ class Session(aiosmtpd.smtp.SMTP):
         self._task: asyncio.Future[Any] | None = None
         """The decision that waits, or what it waits for."""
         self._exchange: sasl.Exchange | None = None
+        self._passage: Passage | None = None
+        """Where nothing is queued: the transaction's way to its upstream."""
         self._incoming: ContentWriter | None = None
         self._size = 0
         self._failed: Verdict | None = None
@@ -386,6 +389,8 @@ class Session(aiosmtpd.smtp.SMTP):
                 self._deadline = self.loop.time() + self._limits.idle_timeout
         if self._stopping and self._is_idle():
             machine.close(reply.SHUTTING_DOWN)
+        if self._passage is not None and not machine.in_transaction and self._task is None:
+            self._leave_passage()  # RSET, EHLO, QUIT, or a message that was refused
         self._flush()
         self._steer_reading()
 
@@ -573,7 +578,9 @@ class Session(aiosmtpd.smtp.SMTP):
                 verdict = Verdict(reply.MESSAGE_TOO_BIG, Reason.MESSAGE_TOO_BIG)
             elif (refusal := self.service.dispatcher.refuses()) is not None:
                 verdict = Verdict(refusal, _queue_reason(refusal))
-        if not verdict.is_positive:
+        if verdict.is_positive:
+            self._passage = self.service.dispatcher.passage(envelope)
+        else:
             self._refuse_message(verdict)
         self._engine.answer(verdict.reply)
 
@@ -582,6 +589,15 @@ class Session(aiosmtpd.smtp.SMTP):
             verdict = Verdict(reply.TOO_MANY_RECIPIENTS, Reason.TOO_MANY_RECIPIENTS)
         else:
             verdict = self.service.admission.recipient(self.client, event.envelope, event.recipient)
+        if verdict.is_positive and self._passage is not None:
+            self._decide(self._ask_upstream(self._passage, event.recipient))
+        else:
+            self._answer_recipient(verdict)
+
+    async def _ask_upstream(self, passage: Passage, recipient: Recipient) -> None:
+        self._answer_recipient(await passage.recipient(recipient))
+
+    def _answer_recipient(self, verdict: Verdict) -> None:
         if verdict.is_positive:
             result = "accepted"
         else:
@@ -611,7 +627,8 @@ class Session(aiosmtpd.smtp.SMTP):
             self._engine.answer(self._failed.reply)
             return
         writer = writer or self.service.dispatcher.new_content()
-        self._decide_on_mail(self._take_message(event.envelope, writer, ended))
+        decide = self._decide if self._passage is not None else self._decide_on_mail
+        decide(self._take_message(event.envelope, writer, ended))
 
     def _write(self, data: bytes) -> None:
         """Add to the message that is being read; a message that will be refused is read on and dropped."""
@@ -629,6 +646,11 @@ class Session(aiosmtpd.smtp.SMTP):
             self._failed = _not_kept(error)
         if self._failed is not None:
             self._discard_content()
+
+    def _leave_passage(self) -> None:
+        if self._passage is not None:
+            self._passage.close()
+            self._passage = None
 
     def _discard_content(self) -> None:
         if self._incoming is not None:
@@ -649,13 +671,13 @@ class Session(aiosmtpd.smtp.SMTP):
         queue_id = service.dispatcher.new_queue_id()
         login = client.login.name if client.login is not None else None
         judgement: Judgement | None = None
-        answer: Reply | None = None
+        taken: Verdict | None = None
         try:
             judgement = await service.admission.message(client, envelope, content, queue_id=queue_id)
             content = judgement.content
             if judgement.verdict.is_positive:
                 size, recipients = content.size, len(envelope.recipients)
-                answer = await service.dispatcher.submit(
+                taken = await self._hand_over(
                     Message(
                         queue_id=queue_id,
                         envelope=envelope,
@@ -669,19 +691,20 @@ class Session(aiosmtpd.smtp.SMTP):
                     )
                 )
         finally:
-            # Not queued, whether refused or failed: neither the text nor the charge is kept.
-            if answer is None or not answer.is_positive:
+            # Not taken, whether refused or failed: neither the text nor the charge is kept.
+            if taken is None or not taken.is_positive:
                 content.body.close()
                 if judgement is not None and judgement.verdict.is_positive:
                     service.admission.refund(judgement)
+            self._leave_passage()
         if judgement.suspected:
             self._record(Result.SUSPECTED_SPAM, judgement.reason)
-        if answer is None or not answer.is_positive:
-            verdict = judgement.verdict if answer is None else Verdict(answer, _queue_reason(answer))
+        if taken is None or not taken.is_positive:
+            verdict = taken or judgement.verdict
             self._refuse_message(verdict)
             self._engine.answer(verdict.reply)
             return
-        self._engine.answer(answer)
+        self._engine.answer(taken.reply)
         if not judgement.suspected:
             self._record(Result.ACCEPTED, Reason.ACCEPTED)
         self._queue_ids.append(queue_id)
@@ -694,6 +717,13 @@ class Session(aiosmtpd.smtp.SMTP):
         counters.user_recipients(counters.user(login)).inc(recipients)
         counters.message_size.observe(size)
         counters.accept_seconds.observe(self.loop.time() - ended)
+
+    async def _hand_over(self, message: Message) -> Verdict:
+        """To the queue, or straight to the upstream."""
+        if self._passage is not None:
+            return await self._passage.submit(message)
+        answer = await self.service.dispatcher.submit(message)
+        return Verdict(answer, Reason.ACCEPTED if answer.is_positive else _queue_reason(answer))
 
     # --- the end -----------------------------------------------------------------------------------------------------
     def shut_down(self) -> None:
@@ -729,6 +759,7 @@ class Session(aiosmtpd.smtp.SMTP):
         if self._finished:
             return
         self._finished = True
+        self._leave_passage()
         service, client = self.service, self.client
         service.gate.leave(self)
         result = next((each for each in _CLASSES if each in self._firsts), Result.NONE)

@@ -284,6 +284,9 @@ class Willing:
     def refuses(self) -> Reply | None:
         return None
 
+    def passage(self, _envelope: Envelope) -> None:
+        """Messages are queued."""
+
     def new_content(self) -> ContentWriter:
         return ContentWriter(self.directory)
 

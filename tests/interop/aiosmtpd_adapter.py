@@ -206,6 +206,9 @@ class Hooks:
     def refuses(self) -> Reply | None:
         return None
 
+    def passage(self, _envelope: Envelope) -> None:
+        """Messages are queued."""
+
     def new_content(self) -> ContentWriter:
         self.text = b""
         return Keeping(self)

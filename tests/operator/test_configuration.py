@@ -320,6 +320,11 @@ def test_a_provider_that_takes_oauth_alone_gets_no_password() -> None:
     assert "has no key grant: this provider takes OAuth alone" in message
 
 
+def test_a_relay_that_passes_through_has_no_quota() -> None:
+    queue = built({"queue": {"mode": "PassThrough"}}).configuration.queue
+    assert (queue.mode, queue.maximum_bytes) == ("PassThrough", None)
+
+
 # --- Suspicion --------------------------------------------------------------------------------------------------------
 
 
@@ -458,13 +463,7 @@ def test_one_login_in_two_secrets_is_nobodys() -> None:
     )
 
 
-# --- What this release does not do ------------------------------------------------------------------------------------
-
-
-def test_what_would_do_harm_keeps_the_relay_from_running() -> None:
-    assert messages({"queue": {"mode": "PassThrough"}}) == [
-        "spec.queue.mode: PassThrough is not there yet; use Persistent."
-    ]
+# --- The example ------------------------------------------------------------------------------------------------------
 
 
 def test_the_full_example_can_be_built() -> None:

@@ -152,11 +152,3 @@ def test_every_secret_that_a_relay_names_is_found() -> None:
 
 def test_a_plain_relay_says_nothing_that_is_not_there_yet() -> None:
     assert not_yet(relay()) == ()
-
-
-def test_only_what_would_do_harm_keeps_a_relay_from_running() -> None:
-    harmful = relay(queue={"mode": "PassThrough"}, monitoring={"rules": True})
-    assert {(item.field, item.refused) for item in not_yet(harmful)} == {
-        ("spec.queue.mode", True),
-        ("spec.monitoring.rules", False),
-    }

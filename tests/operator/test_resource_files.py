@@ -151,11 +151,10 @@ def test_a_user_needs_a_relay_that_takes_users(check: Check) -> None:
     ]
 
 
-def test_what_this_release_does_not_do_is_a_warning_and_what_would_do_harm_an_error(check: Check) -> None:
-    assert check(USERS, RELAY + "  monitoring: {rules: true}\n  queue: {mode: PassThrough}\n") == [
+def test_what_this_release_does_not_do_is_a_warning(check: Check) -> None:
+    assert check(USERS, RELAY + "  monitoring: {rules: true}\n") == [
         "relay.yaml:14: warning: SmtpRelay/outbound: spec.monitoring.rules: "
         "no PrometheusRule is made yet; apply one of your own",
-        "relay.yaml:15: SmtpRelay/outbound: spec.queue.mode: PassThrough is not there yet; use Persistent",
     ]
 
 

@@ -17,7 +17,7 @@ import msgspec
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.resource import models
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, bound_port
-from mailsluice_operator.resource.not_yet import left_out, not_yet, refused
+from mailsluice_operator.resource.not_yet import left_out, not_yet
 from mailsluice_operator.resource.presets import OAUTH_MECHANISMS, PRESETS
 from mailsluice_operator.resource.quantities import octets, seconds
 from mailsluice_operator.resource.references import (
@@ -96,7 +96,7 @@ def build(
     `replicas` divide what an upstream takes. `volume` is the size of the smallest volume that a queue has already.
     """
     uses = secret_uses(relay)
-    if facts := [*_not_supported(relay), *_wrong_secrets(relay, uses, secrets)]:
+    if facts := [*_wrong_secrets(relay, uses, secrets)]:
         raise Unusable(facts)
     upstreams = [upstream for upstream in relay.spec.upstreams if left_out(upstream) is None]
     degraded = tuple(_not_effective(relay))
@@ -199,11 +199,6 @@ def rate_limit(limit: models.RateLimit | models.UserRateLimit, per: config.RateL
 
 
 # --- What is wrong ----------------------------------------------------------------------------------------------------
-
-
-def _not_supported(relay: SmtpRelay) -> Iterator[Fact]:
-    for item in refused(relay):
-        yield Fact("NotYetSupported", f"{item.field}: {item.message}.")
 
 
 def _not_effective(relay: SmtpRelay) -> Iterator[Fact]:
@@ -314,7 +309,23 @@ def _spam(spam: models.Spam) -> config.Spam:
             limit=getattr(settings, "limit", None),
             window=seconds(window) if window is not None else None,
         )
-    return config.Spam(suspect_at=spam.suspect_at, hold_at=spam.hold_at, reject_at=spam.reject_at, rules=rules)
+    return config.Spam(
+        suspect_at=spam.suspect_at,
+        hold_at=spam.hold_at,
+        reject_at=spam.reject_at,
+        rules=rules,
+        engines=tuple(
+            config.Engine(
+                name=engine.name,
+                type=config.EngineType(engine.type),
+                url=engine.url or "",
+                address=engine.address or "",
+                timeout=seconds(engine.timeout),
+                on_failure=config.FailureAction(engine.on_failure),
+            )
+            for engine in spam.engines
+        ),
+    )
 
 
 def _queue(queue: models.Queue, existing: int | None) -> config.Queue:

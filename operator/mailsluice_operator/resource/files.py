@@ -160,7 +160,7 @@ def _twice(loaded: list[Loaded]) -> Iterator[Finding]:
 
 def _no_effect(item: Loaded, resource: SmtpRelay | SmtpUser) -> Iterator[Finding]:
     for entry in not_yet(resource):
-        yield item.finding(entry.field, entry.message, Severity.ERROR if entry.refused else Severity.WARNING)
+        yield item.finding(entry.field, entry.message, Severity.WARNING)
 
 
 # --- Schema and rules -------------------------------------------------------------------------------------------------

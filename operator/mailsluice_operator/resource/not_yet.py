@@ -1,7 +1,6 @@
 """Fields that this release accepts, so that manifests need not change later, but does not act on yet.
 
-One table. Where doing nothing would be harmful (mail accepted onto no disk) the configuration is refused; elsewhere the
-check warns and the operator reports it in Degraded.
+One table: the check warns of each, and the operator reports it in Degraded.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Final
 import msgspec
 
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, SpamRules, Upstream
-from mailsluice_relay.config import IMPLEMENTED_SPAM_RULES, QueueMode, UpstreamType
+from mailsluice_relay.config import IMPLEMENTED_SPAM_RULES, UpstreamType
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,6 @@ class NotYet:
     field: str
     message: str
     """What that means, and what to do meanwhile."""
-    refused: bool = False
 
 
 def not_yet(resource: SmtpRelay | SmtpUser) -> tuple[NotYet, ...]:
@@ -33,22 +31,12 @@ def not_yet(resource: SmtpRelay | SmtpUser) -> tuple[NotYet, ...]:
     return tuple(found for look in _LOOKS for found in look(resource))
 
 
-def refused(relay: SmtpRelay) -> tuple[NotYet, ...]:
-    """What the relay must not run with."""
-    return tuple(item for item in not_yet(relay) if item.refused)
-
-
 def _of_user(user: SmtpUser) -> Iterator[NotYet]:
     if user.spec.rotation is not None:
         yield NotYet("spec.rotation", "passwords are not changed by themselves yet; delete the Secret to get a new one")
 
 
-# --- What would be harmful --------------------------------------------------------------------------------------------
-
-
-def _pass_through(relay: SmtpRelay) -> Iterator[NotYet]:
-    if relay.spec.queue.mode is QueueMode.PASS_THROUGH:
-        yield NotYet("spec.queue.mode", "PassThrough is not there yet; use Persistent", refused=True)
+# --- What is left out -------------------------------------------------------------------------------------------------
 
 
 def _upstreams(relay: SmtpRelay) -> Iterator[NotYet]:
@@ -93,31 +81,11 @@ def _spam(relay: SmtpRelay) -> Iterator[NotYet]:
             yield NotYet(
                 f"spec.spam.rules.{field.encode_name}", "this rule is not there yet: it adds nothing to scores"
             )
-    for index, engine in enumerate(relay.spec.spam.engines):
-        yield NotYet(f"spec.spam.engines[{index}]", f"engines are not asked yet: {engine.name} sees no mail")
-
-
-def _cluster(relay: SmtpRelay) -> Iterator[NotYet]:
-    spec = relay.spec
-    if spec.autoscaling is not None:
-        yield NotYet(
-            "spec.autoscaling",
-            "no HorizontalPodAutoscaler is made yet: minReplicas pods run; set replicas instead, and point an "
-            "autoscaler of your own at this resource",
-        )
-    if spec.network_policy is not None and spec.network_policy.enabled:
-        yield NotYet("spec.networkPolicy", "no NetworkPolicy is made yet; apply one of your own")
-    if spec.monitoring.pod_monitor:
-        yield NotYet("spec.monitoring.podMonitor", "no PodMonitor is made yet; apply one of your own")
-    if spec.monitoring.rules:
-        yield NotYet("spec.monitoring.rules", "no PrometheusRule is made yet; apply one of your own")
 
 
 _LOOKS: Final[tuple[Callable[[SmtpRelay], Iterator[NotYet]], ...]] = (
-    _pass_through,
     _upstreams,
     _tls,
     _authentication,
     _spam,
-    _cluster,
 )

@@ -320,7 +320,11 @@ class Connection(asyncio.Protocol):
     async def command(self, line: bytes, stage: Stage) -> Reply:
         """One line and its reply. Raises Fault when there is none."""
         self._write(line + b"\r\n")
-        return await self._reply(stage, self._timeouts.command)
+        return await self._reply(stage, self._timeouts.data if stage is Stage.DATA else self._timeouts.command)
+
+    async def end_of_data(self) -> Reply:
+        """The reply to the text. Raises Fault when there is none."""
+        return await self._reply(Stage.END_OF_DATA, self._timeouts.end_of_data)
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None and self._lost is None:
@@ -368,8 +372,7 @@ class Connection(asyncio.Protocol):
         if not transaction.to_send:
             return transaction.outcomes
         try:
-            if self._needs_reset:
-                await self._reset()
+            await self.begin()
             await self._transact(transaction)
         except Fault as fault:
             transaction.fill(fault.retry)
@@ -380,11 +383,18 @@ class Connection(asyncio.Protocol):
         self.transactions += 1
         return transaction.outcomes
 
-    async def _reset(self) -> None:
+    async def begin(self) -> None:
+        """Make sure that nothing is left of an earlier transaction. Raises Fault."""
+        if not self._needs_reset:
+            return
         reply = await self.command(b"RSET", Stage.MAIL)
         if not reply.is_positive:
             raise session_fault(Stage.HELLO, reply)
         self._needs_reset = False
+
+    def leave(self) -> None:
+        """Give up the transaction that runs: the next one begins with RSET."""
+        self._needs_reset = True
 
     async def _transact(self, transaction: _Transaction) -> None:
         pipelining = "PIPELINING" in self.capabilities
@@ -395,7 +405,7 @@ class Connection(asyncio.Protocol):
             self._write(commands[0])
         reply = await self._reply(Stage.MAIL, self._timeouts.command)
         refused = None if reply.code // 100 == 2 else classify(Stage.MAIL, reply)
-        self._heed(reply)
+        self.heed(reply)
         if refused is not None and (not pipelining or reply.code == 421):
             transaction.fill(refused)
             return
@@ -404,7 +414,7 @@ class Connection(asyncio.Protocol):
             if not pipelining:
                 self._write(command)
             reply = await self._reply(Stage.RECIPIENT, self._timeouts.command)
-            self._heed(reply)
+            self.heed(reply)
             if reply.code // 100 == 2:
                 accepted.append(position)
             elif refused is None:
@@ -418,7 +428,7 @@ class Connection(asyncio.Protocol):
         if not pipelining:
             self._write(b"DATA\r\n")
         reply = await self._reply(Stage.DATA, self._timeouts.data)
-        self._heed(reply)
+        self.heed(reply)
         if reply.code != 354:
             self._needs_reset = True
             transaction.fill(classify(Stage.DATA, reply))
@@ -428,16 +438,16 @@ class Connection(asyncio.Protocol):
             await self._reply(Stage.END_OF_DATA, self._timeouts.end_of_data)
             self._needs_reset = True
             return
-        await self._text(transaction.mail.content)
+        await self.send_text(transaction.mail.content)
         reply = await self._reply(Stage.END_OF_DATA, self._timeouts.end_of_data)
-        self._heed(reply)
+        self.heed(reply)
         transaction.fill(
             Delivered(reply, notifies="DSN" in self.capabilities)
             if reply.code // 100 == 2
             else classify(Stage.END_OF_DATA, reply)
         )
 
-    async def _text(self, content: Content) -> None:
+    async def send_text(self, content: Content) -> None:
         """The text, no faster than the upstream reads it."""
         chunks: Iterable[bytes] = dot_stuffed(content.chunks())
         if content.size <= SMALL:
@@ -457,7 +467,7 @@ class Connection(asyncio.Protocol):
                 finally:
                     self._write_waiter = None
 
-    def _heed(self, reply: Reply) -> None:
+    def heed(self, reply: Reply) -> None:
         """After 421 the server closes, whatever it answered (RFC 5321 section 3.8)."""
         if reply.code == 421:
             self._end(str(reply))
@@ -511,28 +521,54 @@ class _Transaction:
 
     @property
     def mail_command(self) -> bytes:
-        mail, offered = self.mail, self._offered
-        words = [f"MAIL FROM:<{mail.sender or ''}>"]
-        if "SIZE" in offered:
-            words.append(f"SIZE={mail.content.size}")
-        if "8BITMIME" in offered and (mail.body is BodyType.EIGHT_BIT_MIME or not mail.content.header.isascii()):
-            words.append("BODY=8BITMIME")
-        if self._utf8:
-            words.append("SMTPUTF8")
-        if "DSN" in offered:
-            words += [f"RET={mail.ret}"] if mail.ret else []
-            words += [f"ENVID={mail.envid}"] if mail.envid else []
-        return _line(words)
+        mail = self.mail
+        return mail_command(
+            mail.sender,
+            self._offered,
+            size=mail.content.size,
+            eight_bit=mail.body is BodyType.EIGHT_BIT_MIME or not mail.content.header.isascii(),
+            utf8=self._utf8,
+            ret=mail.ret,
+            envid=mail.envid,
+        )
 
     def _recipient_command(self, recipient: Recipient) -> bytes:
-        words = [f"RCPT TO:<{recipient.mailbox}>"]
-        if "DSN" in self._offered:
-            if recipient.notify is not None:
-                names = [name for flag, name in _NOTIFY_WORDS if flag in recipient.notify]
-                words.append(f"NOTIFY={','.join(names) or 'NEVER'}")
-            if recipient.original is not None:
-                words.append(f"ORCPT={recipient.original}")
-        return _line(words)
+        return recipient_command(recipient, self._offered)
+
+
+def mail_command(
+    sender: Mailbox | None,
+    offered: Capabilities,
+    *,
+    size: int | None,
+    eight_bit: bool,
+    utf8: bool,
+    ret: str | None,
+    envid: str | None,
+) -> bytes:
+    """MAIL with the parameters that the server knows. `size` is None where it is not known yet."""
+    words = [f"MAIL FROM:<{sender or ''}>"]
+    if "SIZE" in offered and size is not None:
+        words.append(f"SIZE={size}")
+    if "8BITMIME" in offered and eight_bit:
+        words.append("BODY=8BITMIME")
+    if utf8:
+        words.append("SMTPUTF8")
+    if "DSN" in offered:
+        words += [f"RET={ret}"] if ret else []
+        words += [f"ENVID={envid}"] if envid else []
+    return _line(words)
+
+
+def recipient_command(recipient: Recipient, offered: Capabilities) -> bytes:
+    words = [f"RCPT TO:<{recipient.mailbox}>"]
+    if "DSN" in offered:
+        if recipient.notify is not None:
+            names = [name for flag, name in _NOTIFY_WORDS if flag in recipient.notify]
+            words.append(f"NOTIFY={','.join(names) or 'NEVER'}")
+        if recipient.original is not None:
+            words.append(f"ORCPT={recipient.original}")
+    return _line(words)
 
 
 def _line(words: list[str]) -> bytes:

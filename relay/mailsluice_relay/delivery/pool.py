@@ -136,6 +136,36 @@ class Pool:
         self._learn(outcomes)
         return outcomes
 
+    async def lease(self) -> Connection:
+        """A connection for a transaction that somebody else drives; `end_lease` gives it back. Raises Fault."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._slots.acquire()
+        except TimeoutError as error:
+            text = f"all connections to upstream {self.target.name} are in use"
+            raise Fault(FailureClass.UNAVAILABLE, Stage.CONNECT, text) from error
+        try:
+            return await self._leased()
+        except BaseException:
+            self._slots.release()
+            raise
+
+    async def _leased(self) -> Connection:
+        if not self._breaker.is_up or self._closed:
+            raise Fault(FailureClass.UNAVAILABLE, Stage.CONNECT, self.why_not)
+        wait = self._pace.reserve(self._clocks.monotonic())
+        if wait > 0:
+            await asyncio.sleep(wait)
+        connection = self._take() or await self._connect()
+        self._pace.count(self._clocks.now())
+        return connection
+
+    def end_lease(self, connection: Connection, outcomes: list[Outcome]) -> None:
+        """`outcomes` are what was learnt about the upstream meanwhile."""
+        self._give_back(connection)
+        self._slots.release()
+        self._learn(outcomes)
+
     @staticmethod
     def _everybody(mail: Mail, outcome: Outcome) -> list[Outcome]:
         return [outcome for _ in mail.recipients]

@@ -18,12 +18,13 @@ from typing import Any, Final, Protocol
 import msgspec
 import structlog
 
-from mailsluice_relay.config import Configuration, Credentials, Queue
+from mailsluice_relay.config import Configuration, Credentials, Queue, QueueMode
 from mailsluice_relay.delivery.client import Timeouts
 from mailsluice_relay.delivery.outcome import Delivered
 from mailsluice_relay.delivery.pool import Clocks, UpstreamState
 from mailsluice_relay.dispatch.conclusion import Conclusion, Result, conclude
 from mailsluice_relay.dispatch.lane import Item, Lane
+from mailsluice_relay.dispatch.passage import Passage
 from mailsluice_relay.dispatch.upstreams import Upstreams, mailbox_of
 from mailsluice_relay.dispatch.view import QueuedMessage, matches, summary
 from mailsluice_relay.dkim import Key, Signer, signed
@@ -210,6 +211,19 @@ class Dispatcher:
             return SHUTTING_DOWN
         return None if self._spool.has_room() else QUEUE_FULL
 
+    def passage(self, envelope: Envelope) -> Passage | None:
+        """With PassThrough, this transaction's way to its upstream; None: mail is queued (`submit`)."""
+        if self._configuration.queue.mode is not QueueMode.PASS_THROUGH:
+            return None
+        return Passage(
+            self._upstreams,
+            envelope,
+            metrics=self._metrics,
+            now=self._clocks.now,
+            sign=self._signed,
+            redirect_to=mailbox_of(self._configuration.recipients.redirect_to),
+        )
+
     async def submit(self, message: Message) -> Reply:
         """250 only when the message is on the disk. The content is the queue's from here on, whatever the answer.
 
@@ -254,14 +268,19 @@ class Dispatcher:
     async def _put_file(self, message: Message) -> Reply:
         """Queue a message that is in a file, where hashing and syncing take a while."""
         try:
-            if keys := self._keys(message):
-                content = await asyncio.to_thread(signed, message.content, keys, now=self._clocks.now())
-                message = replace(message, content=content)
+            message = await self._signed(message)
             return self._taken(message, await self._spool.put(message), None)
         except OSError as error:
             return self._taken(message, None, translated(error))
         except SpoolError as error:
             return self._taken(message, None, error)
+
+    async def _signed(self, message: Message) -> Message:
+        keys = self._keys(message)
+        if keys:
+            content = await asyncio.to_thread(signed, message.content, keys, now=self._clocks.now())
+            message = replace(message, content=content)
+        return message
 
     def _keys(self, message: Message) -> Sequence[Key]:
         """Those that a message is signed with (DKIM): its author's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 import structlog
@@ -47,8 +48,10 @@ class Upstreams:
     @staticmethod
     def prepare(configuration: Configuration, credentials: Credentials) -> dict[str, Target]:
         """Raises ConfigurationError; nothing has changed then."""
-        if configuration.queue.mode is QueueMode.PASS_THROUGH:
-            raise ConfigurationError("queue.mode: PassThrough is not in this release; use Persistent")
+        if configuration.queue.mode is QueueMode.PASS_THROUGH and configuration.spam.hold_at is not None:
+            raise ConfigurationError(
+                "spam.holdAt: with queue.mode PassThrough there is nowhere to hold mail; remove it"
+            )
         names = [upstream.name for upstream in configuration.upstreams]
         for index, name in enumerate(names):
             if name in names[:index]:
@@ -130,6 +133,10 @@ class Upstreams:
             chosen = ordered[0] if ordered else self._ordered[0]
         return chosen.name
 
+    def pool(self, name: str) -> Pool | None:
+        """None: a new configuration has no such upstream any more."""
+        return self._pools.get(name)
+
     def _is_available(self, upstream: Upstream) -> bool:
         return self._pools[upstream.name].is_available
 
@@ -144,7 +151,8 @@ class Upstreams:
         while todo:
             groups: dict[str, list[int]] = {}
             for position in todo:
-                name = self._next_upstream(entry, position, tried[position], preferred)
+                recipient = entry.envelope.recipients[position].mailbox
+                name = self.next_upstream(entry.envelope.sender, recipient, tried[position], preferred)
                 if isinstance(name, Result):
                     results.setdefault(position, name)
                 else:
@@ -156,8 +164,11 @@ class Upstreams:
                     todo += await self._transaction(name, entry, content, part, results, tried)
         return results
 
-    def _next_upstream(self, entry: Entry, position: int, tried: set[str], preferred: str) -> str | Result:
-        ordered = candidates(self._ordered, entry.envelope.sender, entry.envelope.recipients[position].mailbox)
+    def next_upstream(
+        self, sender: Mailbox | None, recipient: Mailbox, tried: AbstractSet[str], preferred: str | None
+    ) -> str | Result:
+        """Where this recipient's mail goes now; or why nowhere."""
+        ordered = candidates(self._ordered, sender, recipient)
         untried = [upstream for upstream in ordered if upstream.name not in tried]
         chosen = choose(untried, available=self._is_available, random=self._clocks.random, preferred=preferred)
         if chosen is not None:
@@ -198,7 +209,7 @@ class Upstreams:
             results[position] = Result(outcome, name, pool.target.host)
             if isinstance(outcome, Retry):
                 counter.labels(name, "deferred").inc()
-                if _should_fail_over(outcome):
+                if should_fail_over(outcome):
                     tried[position].add(name)
                     once_more.append(position)
             else:
@@ -247,10 +258,10 @@ def _is_overflow(outcome: Outcome) -> bool:
     return isinstance(outcome, Retry) and outcome.failure is FailureClass.RECIPIENTS
 
 
-def _should_fail_over(outcome: Retry) -> bool:
+def should_fail_over(outcome: Retry) -> bool:
     """Not where the upstream may have taken the mail already: another one would make the duplicate certain."""
     maybe_taken = outcome.stage is Stage.END_OF_DATA and outcome.reply is None
     return outcome.is_upstream_problem and not maybe_taken
 
 
-__all__ = ["Upstreams", "mailbox_of"]
+__all__ = ["Upstreams", "mailbox_of", "should_fail_over"]

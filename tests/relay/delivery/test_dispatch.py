@@ -724,7 +724,6 @@ def test_what_this_release_does_not_do_is_refused_by_name(tmp_path: Path, clock:
     good = config.Upstream(name="a", host="a.test")
     cases = [
         (configured(good, config.Upstream(name="mx", type=config.UpstreamType.DIRECT_TO_MX)), r"upstreams\[1\]\.type"),
-        (configured(good, queue=config.Queue(mode=config.QueueMode.PASS_THROUGH)), r"queue\.mode"),
         (configured(config.Upstream(name="a")), r"upstreams\[0\]\.host"),
         (configured(good, good), r"upstreams\[1\]\.name"),
         (configured(config.Upstream(name="a", host="a", credentials="c")), r"c\.username is missing"),

@@ -29,7 +29,7 @@ from mailsluice_relay.config import (
     Upstream,
     User,
 )
-from mailsluice_relay.envelope import Message
+from mailsluice_relay.envelope import Envelope, Message
 from mailsluice_relay.listener import Listeners
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.reply import Reply
@@ -74,6 +74,9 @@ class KeepingDispatcher:
 
     def refuses(self) -> Reply | None:
         return self.full
+
+    def passage(self, _envelope: Envelope) -> None:
+        """Messages are queued."""
 
     def new_content(self) -> ContentWriter:
         return ContentWriter(self.directory)
