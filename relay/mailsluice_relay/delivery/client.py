@@ -216,6 +216,8 @@ class Connection(asyncio.Protocol):
         self._parser = ReplyParser()
         self._replies: deque[Reply] = deque()
         self._reply_waiter: asyncio.Future[None] | None = None
+        self._reply_due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._write_waiter: asyncio.Future[None] | None = None
         self._paused = False
         self._lost: str | None = None
@@ -243,6 +245,7 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
         self._end(f"connection lost: {exc}" if exc else "connection closed by the upstream")
 
     def pause_writing(self) -> None:
@@ -333,9 +336,9 @@ class Connection(asyncio.Protocol):
     async def _reply(self, stage: Stage, timeout: float) -> Reply:  # noqa: ASYNC109 - each step has its own (RFC 5321)
         if not self._replies and self._lost is None:
             self._reply_waiter = asyncio.get_running_loop().create_future()
+            self._expect_within(timeout)
             try:
-                async with asyncio.timeout(timeout):
-                    await self._reply_waiter
+                await self._reply_waiter
             except TimeoutError as error:
                 self.abort()
                 text = f"{stage}: no reply within {timeout:.0f} s"
@@ -345,6 +348,29 @@ class Connection(asyncio.Protocol):
         if self._replies:
             return self._replies.popleft()
         raise Fault(FailureClass.CONNECTION, stage, f"{stage}: {self._lost}")
+
+    def _expect_within(self, seconds: float) -> None:
+        """One timer a connection looks whether a reply is really late; one for each reply would be many calls."""
+        loop = asyncio.get_running_loop()
+        self._reply_due = loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._reply_due:
+            self._stop_timer()
+            self._timer = loop.call_at(self._reply_due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        loop, waiter = asyncio.get_running_loop(), self._reply_waiter
+        if waiter is None or waiter.done():
+            return
+        if loop.time() < self._reply_due:
+            self._timer = loop.call_at(self._reply_due, self._on_timer)
+        else:
+            waiter.set_exception(TimeoutError())
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def quit(self) -> None:
         """End the session politely; the reply is not worth much waiting."""

@@ -33,6 +33,8 @@ def fits(pattern: str, mailbox: Mailbox | None) -> bool:
 
 def candidates(upstreams: Sequence[Upstream], sender: Mailbox | None, recipient: Mailbox) -> tuple[Upstream, ...]:
     """All upstreams for this pair, best first."""
+    if len(upstreams) == 1 and not (upstreams[0].match_senders or upstreams[0].match_recipients):
+        return (upstreams[0],)
     ranked: list[tuple[bool, int, int, Upstream]] = []
     for position, upstream in enumerate(upstreams):
         by_sender, by_recipient = upstream.match_senders, upstream.match_recipients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class ReplyParser:
         return replies
 
     def _line(self, line: bytes) -> Reply | None:
+        if not self._lines and len(line) <= _SHORT and line[3:4] == b" ":
+            return _single(line)
         match = _LINE.fullmatch(line)
         if match is None or len(line) > MAXIMUM_LINE:
             raise WireError(f"not a reply: {line[:60].decode('utf-8', 'replace')!r}")
@@ -66,6 +69,19 @@ class ReplyParser:
             return None
         lines, self._lines, self._code = self._lines, [], b""
         return _reply(int(code), [_printable(text) for text in lines])
+
+
+_SHORT: Final = 128
+"""Octets of a reply line that is remembered once it is parsed: servers say "250 2.1.0 Ok" all day."""
+
+
+@functools.lru_cache(1024)
+def _single(line: bytes) -> Reply:
+    """A reply of one line. Raises WireError."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise WireError(f"not a reply: {line[:60].decode('utf-8', 'replace')!r}")
+    return _reply(int(match.group(1)), [_printable(match.group(3) or b"")])
 
 
 def _printable(text: bytes) -> str:

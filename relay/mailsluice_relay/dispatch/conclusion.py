@@ -45,6 +45,12 @@ def conclude(
     entry: Entry, results: Mapping[int, Result], queue: Queue, *, now: float, random: Callable[[], float]
 ) -> Conclusion:
     """`results` holds every recipient that was pending."""
+    recipients = entry.envelope.recipients
+    if all(
+        isinstance(result.outcome, Delivered) and (result.outcome.notifies or recipients[position].notify is None)
+        for position, result in results.items()
+    ):
+        return _delivered(entry, results)
     tried = any(result.upstream is not None for result in results.values())
     attempts = entry.progress.attempts + tried
     again = _again(entry, results, queue, now=now, attempts=attempts, random=random)
@@ -79,6 +85,15 @@ def conclude(
     if any(status.standing is Standing.PENDING for status in statuses):
         conclusion.progress = Progress(conclusion.recipients, attempts, entry.progress.warned or warn)
     return conclusion
+
+
+def _delivered(entry: Entry, results: Mapping[int, Result]) -> Conclusion:
+    """What nearly every attempt comes to: everybody has it, and nobody is to be told by us."""
+    statuses = list(entry.progress.recipients)
+    for position, result in results.items():
+        reply = "" if result.outcome.reply is None else str(result.outcome.reply)
+        statuses[position] = RecipientStatus(Standing.DELIVERED, statuses[position].attempts + 1, reply)
+    return Conclusion(tuple(statuses))
 
 
 def _again(

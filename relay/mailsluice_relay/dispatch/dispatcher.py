@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,7 @@ class Dispatcher:
         """`ordinal` is the pod's, for `drain_from_ordinal`. Raises ConfigurationError."""
         self._configuration = configuration
         self._metrics = metrics
+        self._delivery_seconds = functools.cache(metrics.delivery_seconds.labels)
         self._clocks = Clocks(now, monotonic, random.random)
         self._ordinal = ordinal
         self._new_queue_id = QueueIds(now, random.getrandbits)
@@ -484,7 +486,7 @@ class Dispatcher:
         for position, result in results.items():
             outcome = result.outcome
             if isinstance(outcome, Delivered) and result.upstream is not None:
-                self._metrics.delivery_seconds.labels(result.upstream).observe(now - entry.received_at)
+                self._delivery_seconds(result.upstream).observe(now - entry.received_at)
             # Nobody could be tried: 100,000 messages that wait for an upstream to come back would fill the log.
             write = log.info if result.upstream is not None else log.debug
             write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -36,6 +37,7 @@ class Upstreams:
     ) -> None:
         self._clocks = clocks
         self._metrics = metrics
+        self._attempts = functools.cache(metrics.delivery_attempts.labels)
         self._on_up = on_up
         self._timeouts = timeouts
         self._ordered: tuple[Upstream, ...] = ()
@@ -199,7 +201,6 @@ class Upstreams:
             log.exception("transaction_broke", queue_id=entry.queue_id, upstream=name)
             broken = Retry(FailureClass.OTHER, Stage.CONNECT, f"local error: {type(error).__name__}")
             outcomes = [broken for _ in positions]
-        counter = self._metrics.delivery_attempts
         has_progress = any(not _is_overflow(outcome) for outcome in outcomes)
         once_more = []
         for position, outcome in zip(positions, outcomes, strict=True):
@@ -208,12 +209,12 @@ class Upstreams:
                 continue
             results[position] = Result(outcome, name, pool.target.host)
             if isinstance(outcome, Retry):
-                counter.labels(name, "deferred").inc()
+                self._attempts(name, "deferred").inc()
                 if should_fail_over(outcome):
                     tried[position].add(name)
                     once_more.append(position)
             else:
-                counter.labels(name, "failed" if isinstance(outcome, Failed) else "delivered").inc()
+                self._attempts(name, "failed" if isinstance(outcome, Failed) else "delivered").inc()
         return once_more
 
     async def _send(self, pool: Pool, entry: Entry, content: Content, positions: Sequence[int]) -> list[Outcome]:
