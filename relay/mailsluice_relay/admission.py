@@ -21,7 +21,7 @@ import structlog
 from mailsluice_relay import reply
 from mailsluice_relay.auth.directory import Directory
 from mailsluice_relay.auth.passwords import BusyError, Verifier
-from mailsluice_relay.auth.sasl import Attempt
+from mailsluice_relay.auth.sasl import Attempt, Evidence
 from mailsluice_relay.auth.throttle import Throttle
 from mailsluice_relay.config import (
     Configuration,
@@ -270,6 +270,8 @@ class Admission:
         login = login_key(attempt.login)
         if self._throttle.refuses(network, login, self._monotonic()):
             return Authentication(None, Verdict(reply.TOO_MANY_FAILURES, Reason.TOO_MANY_FAILURES))
+        if attempt.evidence is not Evidence.PASSWORD:  # not offered yet; and a token is not to be tried as a password
+            return self._failed(client, network, login, _INVALID)
         if directory.is_short(attempt.login):
             return self._failed(client, network, login, Verdict(reply.SHORT_LOGIN, Reason.SHORT_LOGIN))
         # Nobody may act for another (RFC 4616 section 2: the server decides whether authcid may act as authzid).

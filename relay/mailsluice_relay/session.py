@@ -75,6 +75,8 @@ _REACTIONS: Final[Mapping[type, str]] = {
     engine.EndOfData: "_on_end_of_data",
 }
 """The method for each event. By name, as aiosmtpd finds its smtp_* methods, so that a subclass can replace one."""
+VERIFIABLE: Final = frozenset({sasl.Evidence.PASSWORD})
+"""What admission can verify: it knows neither tokens nor the logins of certificates yet."""
 _CLASSES: Final = (Result.SUSPECTED_SPAM, Result.ACCEPTED, Result.REJECTED)
 
 
@@ -144,7 +146,7 @@ class Service:
         settings = engine.Settings(
             hostname=self.configuration.hostname,
             message_size=self.configuration.limits.message_size,
-            mechanisms=tuple(sasl.MECHANISMS),
+            mechanisms=sasl.offered(VERIFIABLE),
             start_tls=self.listener.mode is ListenerMode.START_TLS,
             plaintext_authentication=self.listener.allow_plaintext_authentication,
             normalize_line_endings=self.listener.normalize_line_endings,
@@ -169,6 +171,8 @@ class Session(aiosmtpd.smtp.SMTP):
         self._task: asyncio.Future[Any] | None = None
         """The decision that waits, or what it waits for."""
         self._exchange: sasl.Exchange | None = None
+        self._announced: Reply | None = None
+        """The refusal of a login whose failure the client has been told by a challenge."""
         self._passage: Passage | None = None
         """Where nothing is queued: the transaction's way to its upstream."""
         self._incoming: ContentWriter | None = None
@@ -469,7 +473,7 @@ class Session(aiosmtpd.smtp.SMTP):
     # --- reactions to the engine's events ----------------------------------------------------------------------------
     def _on_refused(self, event: engine.Refused) -> None:
         verdict = event.verdict
-        self._exchange = None
+        self._exchange = self._announced = None
         if self.client.is_balancer:
             return  # how it knocks is its own affair
         if self._said_hello or verdict.reason not in _BEFORE_HELLO:
@@ -536,7 +540,10 @@ class Session(aiosmtpd.smtp.SMTP):
         self._step(self._exchange, event.initial_response)
 
     def _on_sasl_response(self, event: engine.SaslResponse) -> None:
-        if self._exchange is not None:
+        if self._announced is not None:
+            self._engine.answer(self._announced)
+            self._announced = None
+        elif self._exchange is not None:
             self._step(self._exchange, event.data)
 
     def _step(self, exchange: sasl.Exchange, response: bytes | None) -> None:
@@ -549,11 +556,11 @@ class Session(aiosmtpd.smtp.SMTP):
             return
         if isinstance(outcome, sasl.Attempt):
             self._exchange = None
-            self._decide(self._log_in(outcome))
+            self._decide(self._log_in(outcome, exchange.failure))
         else:
             self._engine.challenge(outcome)
 
-    async def _log_in(self, attempt: sasl.Attempt) -> None:
+    async def _log_in(self, attempt: sasl.Attempt, failure: bytes | None) -> None:
         authentication = await self.service.admission.authenticate(self.client, attempt)
         verdict = authentication.verdict
         if verdict.is_positive and authentication.login is not None:
@@ -562,6 +569,10 @@ class Session(aiosmtpd.smtp.SMTP):
             if verdict.reason is not Reason.AUTHENTICATION_UNAVAILABLE:
                 self.client.authentication_failures += 1
             self._record(Result.REJECTED, verdict.reason)
+            if failure is not None and not verdict.reply.close:
+                self._announced = verdict.reply
+                self._engine.challenge(failure)
+                return
         self._engine.answer(verdict.reply)
 
     # --- the transaction ---------------------------------------------------------------------------------------------

@@ -1,17 +1,36 @@
-"""The server's side of SASL exchanges (RFC 4422): PLAIN (RFC 4616) and LOGIN (draft-murchison-sasl-login).
+"""The server's side of SASL exchanges (RFC 4422): PLAIN (RFC 4616), LOGIN (draft-murchison-sasl-login), OAUTHBEARER
+(RFC 7628), XOAUTH2 (Google's, older and as widespread), EXTERNAL (RFC 4422 appendix A).
 
 Pure: responses in, challenges and in the end an `Attempt` out; whether it succeeds is `admission`'s to say. A mechanism
-more is one class and one line in MECHANISMS. An exchange is used once.
+more is one class and one line in MECHANISMS, and is offered where what it rests on can be verified (`offered`). An
+exchange is used once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import abc
+import enum
+import re
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import ClassVar, Final
 
 MAXIMUM_LOGIN: Final = 320
 """Octets: local part, @ and domain of the longest address."""
+
+_BEARER: Final = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/=-]*)")
+"""The value of `auth` (RFC 6750 section 2.1); without a token it asks what a failure tells (RFC 7628 section 4.3)."""
+_PAIR: Final = re.compile(rb"([A-Za-z]+)=([\t\n\r -~]*)")
+"""RFC 7628 section 3.1."""
+
+
+class Evidence(enum.Enum):
+    """What an attempt rests on, and what must be there to verify it."""
+
+    PASSWORD = enum.auto()
+    TOKEN = enum.auto()
+    CERTIFICATE = enum.auto()
+    """The client's, of the TLS handshake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,26 +39,32 @@ class Attempt:
 
     mechanism: str
     login: str
-    """authcid: whose password it is."""
+    """authcid: whose password it is. Empty where the token or the certificate says it."""
     authorization: str
     """authzid: whom to act as; empty where none is given."""
     password: str = field(repr=False)
+    """Or the token; empty with a certificate."""
+    evidence: Evidence = Evidence.PASSWORD
 
 
 class SaslError(ValueError):
     """The response is not what the mechanism prescribes. The text never holds any of it."""
 
 
-class Exchange(Protocol):
+class Exchange(abc.ABC):
+    evidence: ClassVar[Evidence] = Evidence.PASSWORD
+    failure: ClassVar[bytes | None] = None
+    """The challenge that tells of a failure, before the reply: the client answers it with something without meaning."""
+
+    @abc.abstractmethod
     def step(self, response: bytes | None) -> bytes | Attempt:
         """The next challenge, or the attempt once it is whole. `response` is None when the client began without one.
 
         Raises SaslError.
         """
-        ...
 
 
-class Plain:
+class Plain(Exchange):
     """`[authzid] NUL authcid NUL passwd` (RFC 4616 section 2)."""
 
     def step(self, response: bytes | None) -> bytes | Attempt:
@@ -52,7 +77,7 @@ class Plain:
         return Attempt("PLAIN", _name(login), _name(authorization) if authorization else "", _password(password))
 
 
-class Login:
+class Login(Exchange):
     """Login and password, each as the response to a prompt. Clients compare the prompts with these very words."""
 
     def __init__(self) -> None:
@@ -66,6 +91,81 @@ class Login:
             self._login = _name(response.removesuffix(b"\0"))
             return b"Password:"
         return Attempt("LOGIN", self._login, "", _password(response.removesuffix(b"\0")))
+
+
+class OAuthBearer(Exchange):
+    """`n,a=AUTHZID,` ^A `auth=Bearer TOKEN` ^A ^A (RFC 7628 section 3.1). Who it is, is in the token."""
+
+    evidence = Evidence.TOKEN
+    failure = b'{"status":"invalid_token"}'
+
+    def step(self, response: bytes | None) -> bytes | Attempt:
+        if response is None:
+            return b""
+        gs2, pairs = _key_values(response)
+        # gs2-header (RFC 5801 section 4): no channel binding, which `p=` would ask for.
+        flag, comma, identity = gs2.partition(b",")
+        if flag not in {b"n", b"y"} or not comma or not identity.endswith(b","):
+            raise SaslError("expected a GS2 header without channel binding")
+        identity = identity.removesuffix(b",")
+        if identity and not identity.startswith(b"a="):
+            raise SaslError("expected a= with the authorization identity")
+        authorization = _unescaped(identity.removeprefix(b"a="))
+        return Attempt("OAUTHBEARER", "", _name(authorization) if identity else "", _token(pairs), self.evidence)
+
+
+class XOAuth2(Exchange):
+    """`user=LOGIN` ^A `auth=Bearer TOKEN` ^A ^A (developers.google.com/gmail/imap/xoauth2-protocol)."""
+
+    evidence = Evidence.TOKEN
+    failure = b'{"status":"401","schemes":"Bearer"}'
+
+    def step(self, response: bytes | None) -> bytes | Attempt:
+        if response is None:
+            return b""
+        user, pairs = _key_values(response)
+        if not user.startswith(b"user="):
+            raise SaslError("expected user= with the login")
+        return Attempt("XOAUTH2", _name(user.removeprefix(b"user=")), "", _token(pairs), self.evidence)
+
+
+class External(Exchange):
+    """`[authzid]` (RFC 4422 appendix A). Who it is, is in the client's certificate."""
+
+    evidence = Evidence.CERTIFICATE
+
+    def step(self, response: bytes | None) -> bytes | Attempt:
+        if response is None:
+            return b""
+        return Attempt("EXTERNAL", "", _name(response) if response else "", "", self.evidence)
+
+
+def _key_values(response: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    """What stands before the first ^A, and the pairs between that and ^A ^A."""
+    first, separator, rest = response.partition(b"\1")
+    if not separator or not rest.endswith(b"\1\1"):
+        raise SaslError("expected pairs between ^A, and ^A twice at the end")
+    pairs: dict[bytes, bytes] = {}
+    for text in rest[:-2].split(b"\1"):
+        pair = _PAIR.fullmatch(text)
+        if pair is None or pair[1] in pairs:
+            raise SaslError("expected KEY=VALUE, and each key once")
+        pairs[pair[1]] = pair[2]
+    return first, pairs
+
+
+def _token(pairs: Mapping[bytes, bytes]) -> str:
+    found = _BEARER.fullmatch(pairs.get(b"auth", b""))
+    if found is None:
+        raise SaslError("expected auth=Bearer with a token")
+    return found[1].decode("ascii")
+
+
+def _unescaped(name: bytes) -> bytes:
+    """A saslname (RFC 5801 section 4)."""
+    if re.search(rb"=(?!2C|3D)|,", name):
+        raise SaslError("expected = and , of the authorization identity as =3D and =2C")
+    return name.replace(b"=2C", b",").replace(b"=3D", b"=")
 
 
 def _name(octets: bytes) -> str:
@@ -91,5 +191,16 @@ def _text(octets: bytes) -> str:
         raise SaslError("login and password must be UTF-8") from None
 
 
-MECHANISMS: Final[Mapping[str, Callable[[], Exchange]]] = {"PLAIN": Plain, "LOGIN": Login}
+MECHANISMS: Final[Mapping[str, type[Exchange]]] = {
+    "PLAIN": Plain,
+    "LOGIN": Login,
+    "OAUTHBEARER": OAuthBearer,
+    "XOAUTH2": XOAuth2,
+    "EXTERNAL": External,
+}
 """By name, in the order in which they are offered."""
+
+
+def offered(verifiable: Set[Evidence]) -> tuple[str, ...]:
+    """The mechanisms whose attempts can be verified."""
+    return tuple(name for name, exchange in MECHANISMS.items() if exchange.evidence in verifiable)

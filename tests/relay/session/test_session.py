@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mailsluice_relay import reply
+from mailsluice_relay import reply, session
+from mailsluice_relay.auth import sasl
 from mailsluice_relay.config import Limits, RateLimit, RateLimitUnit, Senders
 from mailsluice_relay.session import canonical_address, redacted
 from mailsluice_relay.spool.errors import SpoolFull
@@ -104,6 +105,33 @@ async def test_what_is_lenient_by_configuration_is_normalized(relay: Relay) -> N
     await peer.say(MAIL, RCPT, b"DATA")
     assert (await peer.send(b"From: app@example.test\n\nbody\n.\nmore\n" + END)).startswith("250")
     assert relay.dispatcher.texts[0].endswith(b"\r\n\r\nbody\r\n.\r\nmore\r\n\r\n")
+
+
+# --- login with a token -----------------------------------------------------------------------------------------------
+async def test_mechanisms_that_nobody_can_verify_are_not_offered(relay: Relay) -> None:
+    peer = await relay.connect("submissions")
+    assert "AUTH PLAIN LOGIN\n" in (await peer.say(b"EHLO client.test"))
+    for mechanism in (b"OAUTHBEARER", b"XOAUTH2", b"EXTERNAL"):
+        assert (await peer.say(b"AUTH " + mechanism)).startswith("504 5.5.4")
+
+
+@pytest.mark.parametrize("last", [b"", b"AQ==", b"*"])
+async def test_a_refused_token_is_told_by_a_challenge_first(
+    start_relay: StartRelay, monkeypatch: pytest.MonkeyPatch, last: bytes
+) -> None:
+    """RFC 7628 section 3.2.3; XOAUTH2 likewise. A password given as a token is none."""
+    monkeypatch.setattr(session, "VERIFIABLE", frozenset({sasl.Evidence.TOKEN}))
+    relay = await start_relay()
+    peer = await relay.connect("submissions")
+    assert "AUTH OAUTHBEARER XOAUTH2\n" in (await peer.say(b"EHLO client.test"))
+    response = base64.b64encode(b"user=app@example.test\1auth=Bearer right\1\1")
+    challenge = await peer.say(b"AUTH XOAUTH2 " + response)
+    assert challenge.startswith("334 ")
+    assert b"Bearer" in base64.b64decode(challenge[4:])
+    assert (await peer.say(last)).startswith("501 5.7.0" if last == b"*" else "535 5.7.8")
+    assert (await peer.say(MAIL)).startswith("530")
+    await peer.hang_up()
+    await relay.ended("rejected", "credentials_invalid", "submissions")
 
 
 # --- replies that a person meets --------------------------------------------------------------------------------------
