@@ -114,6 +114,7 @@ class Administration:
             "draining": draining,
             "queue": self._dispatcher.counts() if health.listening else None,
             "limitStore": self._admission.limit_store_state,
+            "engines": self._admission.engine_states,
             "upstreams": self._dispatcher.upstream_states() if health.listening else {},
         }
         return _json(body, status=200 if ready else 503)

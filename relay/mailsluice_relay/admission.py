@@ -11,7 +11,7 @@ import asyncio
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -50,7 +50,9 @@ from mailsluice_relay.policy.rates import (
 from mailsluice_relay.reply import Reason, Reply, Verdict
 from mailsluice_relay.smtp import header
 from mailsluice_relay.suspicion.behaviour import History
-from mailsluice_relay.suspicion.rules import BODY_PREFIX, Judge, Mail, Opinion
+from mailsluice_relay.suspicion.engine import Submission
+from mailsluice_relay.suspicion.panel import EngineState, Panel
+from mailsluice_relay.suspicion.rules import BODY_PREFIX, Hit, Judge, Mail, Opinion
 
 if TYPE_CHECKING:
     from mailsluice_relay.limit_store.store import SharedStore, StoreState
@@ -59,6 +61,7 @@ _log = structlog.get_logger(__name__)
 
 _INVALID: Final = Verdict(reply.CREDENTIALS_INVALID, Reason.CREDENTIALS_INVALID)
 _NO_CREDENTIALS: Final[Credentials] = MappingProxyType({})
+_ENGINE_UNAVAILABLE: Final = Verdict(reply.ENGINE_UNAVAILABLE, Reason.ENGINE_UNAVAILABLE)
 _STORE_UNAVAILABLE: Final = Verdict(reply.LIMIT_STORE_UNAVAILABLE, Reason.LIMIT_STORE_UNAVAILABLE)
 _UNAVAILABLE: Final = Verdict(reply.AUTHENTICATION_UNAVAILABLE, Reason.AUTHENTICATION_UNAVAILABLE)
 _MAXIMUM_SHOWN: Final = 200
@@ -112,7 +115,15 @@ class _Identity:
 class _Policy:
     """One configuration, compiled. Raises ConfigurationError."""
 
-    def __init__(self, configuration: Configuration, credentials: Credentials, key: bytes) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        credentials: Credentials,
+        *,
+        key: bytes,
+        monotonic: Callable[[], float],
+        before: Panel | None = None,
+    ) -> None:
         self.configuration = configuration
         self.limit_store = target_of(configuration, credentials)
         authentication = configuration.authentication
@@ -127,6 +138,7 @@ class _Policy:
             "authentication.users",
         )
         self.judge = Judge(configuration.spam)
+        self.panel = Panel(configuration.spam.engines, monotonic, before)
         self.listeners = {listener.name: listener for listener in configuration.listeners}
         self.ownership = configuration.senders.ownership
         self.default_from = _default_from(configuration.senders.default_from)
@@ -192,7 +204,7 @@ class Admission:
         self._now = now
         # It decides nothing that can be seen from outside, so that a test needs none and a process has its own.
         self._key = key or os.urandom(32)  # noqa: TID251 - a secret of this object alone
-        self._policy = _Policy(configuration, credentials, self._key)
+        self._policy = self._compiled(configuration, credentials, None)
         self._verifier = Verifier(key=self._key, monotonic=monotonic)
         self._throttle = Throttle(configuration.authentication.failures)
         self._own_counts = MemoryStore(monotonic)
@@ -207,11 +219,11 @@ class Admission:
 
     def check(self, configuration: Configuration, credentials: Credentials) -> None:
         """Whether `reconfigure` would take this configuration. Raises ConfigurationError; changes nothing."""
-        _Policy(configuration, credentials, self._key)
+        self._compiled(configuration, credentials, None)
 
     def reconfigure(self, configuration: Configuration, credentials: Credentials = _NO_CREDENTIALS) -> None:
         """Use this configuration from the next step of any session on. Raises ConfigurationError and keeps the old."""
-        self._policy = _Policy(configuration, credentials, self._key)
+        self._policy = self._compiled(configuration, credentials, self._policy.panel)
         self._throttle.reconfigure(configuration.authentication.failures)
         old = self._shared_counts
         if (old.target if old is not None else None) != self._policy.limit_store:
@@ -225,8 +237,16 @@ class Admission:
 
     @property
     def asks_others(self) -> bool:
-        """Whether `mail` and `message` may wait: for the store of limits."""
-        return self._shared_counts is not None
+        """Whether `mail` and `message` may wait: for the store of limits, or for a spam engine."""
+        return self._shared_counts is not None or bool(self._policy.panel)
+
+    def _compiled(self, configuration: Configuration, credentials: Credentials, before: Panel | None) -> _Policy:
+        return _Policy(configuration, credentials, key=self._key, monotonic=self._monotonic, before=before)
+
+    @property
+    def engine_states(self) -> Mapping[str, EngineState]:
+        """How each spam engine is, by its name."""
+        return self._policy.panel.states
 
     @property
     def limit_store_state(self) -> StoreState | None:
@@ -383,15 +403,6 @@ class Admission:
                 behaviour=self._history.of(identity.key),
             )
         )
-        self._count(opinion, identity, client, queue_id)
-        if opinion.rejected:
-            return Judgement(
-                Verdict(reply.spam_rejected(opinion.reason), opinion.reason),
-                content,
-                suspected=True,
-                reason=opinion.reason,
-                score=opinion.score,
-            )
         trace = header.Trace(
             hostname=policy.configuration.hostname,
             hello=client.hello,
@@ -405,6 +416,24 @@ class Admission:
             queue_id=queue_id,
             date=self._now(),
         )
+        if policy.panel and not opinion.rejected:
+            scanned = Content(header.prepare(fields, trace, sender=envelope.sender, suspected=""), content.body)
+            verdict, found = await self._scan(policy, identity, client, envelope, scanned, queue_id)
+            opinion = policy.judge.weighed((*opinion.hits, *found))
+            if verdict is not None and not (verdict.reply.is_transient and opinion.rejected):
+                if verdict.reply.is_transient and decision.taken_by is not None:
+                    decision.taken_by.refund(charges)  # it comes again
+                self._count(opinion, identity, client, queue_id)
+                return _refused(verdict, content)
+        self._count(opinion, identity, client, queue_id)
+        if opinion.rejected:
+            return Judgement(
+                Verdict(reply.spam_rejected(opinion.reason), opinion.reason),
+                content,
+                suspected=True,
+                reason=opinion.reason,
+                score=opinion.score,
+            )
         prepared = header.prepare(fields, trace, sender=envelope.sender, suspected=_mark(opinion))
         reason = opinion.reason if opinion.suspected else Reason.ACCEPTED
         return Judgement(
@@ -417,6 +446,49 @@ class Admission:
             charges=charges,
             charged_by=decision.taken_by,
         )
+
+    async def _scan(
+        self, policy: _Policy, identity: _Identity, client: Client, envelope: Envelope, content: Content, queue_id: str
+    ) -> tuple[Verdict | None, list[Hit]]:
+        """What the engines say of a message: why it is not taken, if so, and what adds to its score."""
+        answers = await policy.panel.ask(
+            Submission(
+                content=content,
+                queue_id=queue_id,
+                login=identity.user.login if identity.user is not None else None,
+                client_address=client.address,
+                hello=client.hello,
+                sender=envelope.sender,
+                recipients=tuple(recipient.mailbox for recipient in envelope.recipients),
+            )
+        )
+        verdict: Verdict | None = None
+        hits: list[Hit] = []
+        for answer in answers:
+            found = answer.verdict
+            if answer.seconds is not None:
+                self._metrics.spam_engine_seconds.labels(answer.engine).observe(answer.seconds)
+            if found is None:
+                self._metrics.spam_engine_failures.labels(answer.engine).inc()
+                if answer.defers and verdict is None:
+                    verdict = _ENGINE_UNAVAILABLE
+                continue
+            if found.malware:
+                verdict = Verdict(reply.malware_found(_shown(found.malware)), Reason.MALWARE)
+                _log.warning(
+                    "malware",
+                    reason=Reason.MALWARE,
+                    engine=answer.engine,
+                    observed=found.malware,
+                    login=self._logged(identity.name),
+                    network=identity.network,
+                    session=client.session_id,
+                    queue_id=queue_id,
+                )
+            if found.score > 0:  # an engine that likes a message takes nothing off what the rules saw
+                symbols = ",".join(found.symbols)[:_MAXIMUM_SHOWN]
+                hits.append(Hit(answer.engine, Reason.SPAM, found.score, symbols, "", is_engine=True))
+        return verdict, hits
 
     def refund(self, judgement: Judgement) -> None:
         """Give back what `message` charged: the spool did not take it."""
@@ -461,7 +533,10 @@ class Admission:
     def _count(self, opinion: Opinion, identity: _Identity, client: Client, queue_id: str) -> None:
         self._metrics.spam_score.observe(opinion.score)
         for hit in opinion.hits:
-            self._metrics.spam_rule_hits.labels(hit.rule).inc()
+            if not hit.is_engine:
+                self._metrics.spam_rule_hits.labels(hit.rule).inc()
+            elif not opinion.suspected:  # engines find a little in any message
+                continue
             _log.warning(
                 "suspicion",
                 reason=hit.reason,

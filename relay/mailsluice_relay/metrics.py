@@ -169,6 +169,9 @@ class Metrics:
             self.rate_limited.labels(USER_LIMIT)
         for rule in IMPLEMENTED_SPAM_RULES.intersection(configuration.spam.rules or IMPLEMENTED_SPAM_RULES):
             self.spam_rule_hits.labels(rule)
+        for engine in configuration.spam.engines:
+            self.spam_engine_seconds.labels(engine.name)
+            self.spam_engine_failures.labels(engine.name)
         names = [user.login for user in configuration.authentication.users]
         self._users = frozenset(names[: configuration.monitoring.user_metrics_limit])
 

@@ -15,7 +15,16 @@ from ruamel.yaml import YAML
 from mailsluice_operator.children.configuration import Built, Secret, Unusable, build, hostname, own_logins, smtp_user
 from mailsluice_operator.resource.models import SmtpRelay, relay_from, user_from
 from mailsluice_operator.resource.validation import admitted
-from mailsluice_relay.config import RateLimitKey, User, decode, encode, is_supported_hash
+from mailsluice_relay.config import (
+    Engine,
+    EngineType,
+    FailureAction,
+    RateLimitKey,
+    User,
+    decode,
+    encode,
+    is_supported_hash,
+)
 from mailsluice_relay.delivery.oauth import Grant
 from mailsluice_relay.delivery.target import target_of
 
@@ -135,6 +144,23 @@ def test_what_is_no_url_of_a_store_is_told_without_showing_it() -> None:
     with pytest.raises(Unusable, match=r"Secret mail/valkey key url is not the URL of a store") as error:
         built(spec, valkey=secret(url="valkey.test:6379?sesame"))
     assert "sesame" not in str(error.value)
+
+
+def test_engines_are_told_with_their_addresses() -> None:
+    spec = {
+        "spam": {
+            "engines": [
+                {"name": "rspamd", "type": "Rspamd", "url": "http://rspamd.test:11333", "timeout": "5s"},
+                {"name": "clamd", "type": "ClamAV", "address": "clamd.test:3310", "onFailure": "Defer"},
+            ]
+        }
+    }
+    made = built(spec)
+    assert made.configuration.spam.engines == (
+        Engine(name="rspamd", type=EngineType.RSPAMD, url="http://rspamd.test:11333", timeout=5.0),
+        Engine(name="clamd", type=EngineType.CLAM_AV, address="clamd.test:3310", on_failure=FailureAction.DEFER),
+    )
+    assert made.degraded == ()
 
 
 # --- Users ------------------------------------------------------------------------------------------------------------

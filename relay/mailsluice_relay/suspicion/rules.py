@@ -58,13 +58,14 @@ class Mail:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A rule that hit, with what it saw and from what on it does."""
+    """A rule that hit, with what it saw and from what on it does; or an engine, by its name."""
 
     rule: str
     reason: Reason
     score: float
     observed: str
     threshold: str
+    is_engine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +264,16 @@ class Judge:
         return tuple(name for name, _, _ in self._rules)
 
     def opinion(self, mail: Mail) -> Opinion:
-        hits = tuple(
-            Hit(name, rule.reason, settings.score, observation.observed, observation.threshold)
-            for name, rule, settings in self._rules
-            if (observation := rule.function(mail, settings)) is not None
+        return self.weighed(
+            tuple(
+                Hit(name, rule.reason, settings.score, observation.observed, observation.threshold)
+                for name, rule, settings in self._rules
+                if (observation := rule.function(mail, settings)) is not None
+            )
         )
+
+    def weighed(self, hits: tuple[Hit, ...]) -> Opinion:
+        """What hits together mean: those of rules, and those of engines."""
         score = sum(hit.score for hit in hits)
         rejected = bool(hits) and _reaches(score, self._spam.reject_at)
         held = bool(hits) and _reaches(score, self._spam.hold_at)
