@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 import uvloop
 
@@ -206,11 +207,15 @@ def ordinal(hostname: str) -> int | None:
 def configure_logging(configuration: Configuration) -> None:
     """One line an event on standard error: JSON, or text for people."""
     level = logging.getLevelName(configuration.logging.level.upper())
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if configuration.logging.format == "JSON"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
+    renderer: structlog.typing.Processor
+    factory: structlog.BytesLoggerFactory | structlog.PrintLoggerFactory
+    if configuration.logging.format == "JSON":
+        encoder = msgspec.json.Encoder(enc_hook=repr)
+        renderer = structlog.processors.JSONRenderer(serializer=lambda event, **_: encoder.encode(event))
+        factory = structlog.BytesLoggerFactory(sys.stderr.buffer)
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        factory = structlog.PrintLoggerFactory(sys.stderr)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -220,7 +225,7 @@ def configure_logging(configuration: Configuration) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=factory,
         cache_logger_on_first_use=False,
     )
 
