@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 from mailsluice_relay import reply
 from mailsluice_relay.admission import Authentication, Judgement
+from mailsluice_relay.auth import sasl
 from mailsluice_relay.config import Configuration, Limits, Listener, ListenerMode, Relay, Upstream
 from mailsluice_relay.envelope import Client, Content, Envelope, Login, Message, Recipient
 from mailsluice_relay.metrics import Metrics
@@ -216,6 +217,27 @@ def check_proxy(octets: bytes, how: int) -> None:
     assert not (isinstance(whole, tuple) or isinstance(split, tuple)) or whole == split
 
 
+# --- SASL -------------------------------------------------------------------------------------------------------------
+def check_sasl(octets: bytes, how: int) -> None:
+    """Two responses to each mechanism are challenges, an attempt, or refused."""
+    responses = pieces(octets, how) if how else [octets]
+    for name, mechanism in sasl.MECHANISMS.items():
+        exchange = mechanism()
+        for response in [*responses][:2]:
+            try:
+                outcome = exchange.step(response)
+            except sasl.SaslError as error:
+                check_words(error)
+                break
+            if isinstance(outcome, sasl.Attempt):
+                assert outcome.mechanism == name
+                assert outcome.evidence is mechanism.evidence
+                assert outcome.login.isprintable()
+                assert outcome.authorization.isprintable()
+                assert outcome.password not in repr(outcome) or len(outcome.password) < 40
+                break
+
+
 # --- a session --------------------------------------------------------------------------------------------------------
 class Wire(asyncio.Transport):
     """The transport of a session that is fed by hand."""
@@ -395,4 +417,5 @@ TARGETS: Final[dict[str, Callable[[bytes, int], None]]] = {
     "header": check_header,
     "parameters": check_parameters,
     "proxy": check_proxy,
+    "sasl": check_sasl,
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import struct
 
 import pytest
+from aiosmtpd.proxy_protocol import get_proxy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +70,19 @@ def test_headers_are_read_and_nothing_behind_them(octets: bytes) -> None:
     assert (header.address and ipaddress.ip_address(header.address)) == (
         expected.address and ipaddress.ip_address(expected.address)
     )
+
+
+@pytest.mark.parametrize("octets", HEADERS)
+async def test_aiosmtpds_parser_reads_the_same(octets: bytes) -> None:
+    reader = asyncio.StreamReader()
+    reader.feed_data(octets)
+    reader.feed_eof()
+    theirs = await get_proxy(reader)
+    assert theirs.valid, theirs.error
+    ours, _ = read(octets)
+    assert ours is not None
+    if ours.address is not None:
+        assert (ipaddress.ip_address(ours.address), ours.port) == (theirs.src_addr, theirs.src_port)
 
 
 @pytest.mark.parametrize("octets", HEADERS)

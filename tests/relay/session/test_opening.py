@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import socket
 import ssl
 import struct
@@ -285,6 +286,23 @@ async def test_stopping_does_not_wait_for_who_has_not_been_greeted(start_relay: 
         with contextlib.suppress(ConnectionError):
             assert await peer.rest() == b""
     assert relay.metric("mailsluice_sessions_active", listener="open") == 0
+
+
+async def test_without_file_descriptors_accepting_pauses_and_goes_on(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "ACCEPT_PAUSE", 0.05)
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    def accept_later(listening: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    await relay.connect("submissions")
+    assert relay.greeting == "220 relay.test ESMTP"
+    assert failures == []
 
 
 async def test_new_trusted_networks_hold_for_new_connections(start_relay: StartRelay) -> None:
