@@ -20,7 +20,6 @@ from mailsluice_operator.resource import not_yet as not_yet_module
 from mailsluice_operator.resource.files import Severity, check_files
 from mailsluice_operator.resource.models import relay_from, user_from
 from mailsluice_operator.resource.not_yet import NotYet, not_yet
-from mailsluice_relay.config import UNIMPLEMENTED_SPAM_RULES
 from mailsluice_relay.metrics import Metrics as RelayMetrics
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -95,7 +94,8 @@ def test_every_condition_is_explained() -> None:
 
 def test_every_alert_is_explained() -> None:
     spec = {"upstreams": [{"name": "provider", "host": "smtp.provider.test"}], "monitoring": {"rules": True}}
-    rule = prometheus_rule(relay_from({"metadata": {"name": "out"}, "spec": spec}), Owner("SmtpRelay", "mail", "out", ""))
+    relay = relay_from({"metadata": {"name": "out"}, "spec": spec})
+    rule = prometheus_rule(relay, Owner("SmtpRelay", "mail", "out", ""))
     assert rule is not None
     made = [(alert["alert"], alert["labels"]["severity"]) for alert in rule["spec"]["groups"][0]["rules"]]
     assert [(row[0].strip("`"), row[1]) for row in rows((DOCS / "alerts.md").read_text())] == made
@@ -116,11 +116,10 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         "recipients": {"redirectTo": "staging@example.test"},
         "rateLimitStore": {"urlSecretRef": secret},
         "spam": {
-            "rules": {name: {} for name in UNIMPLEMENTED_SPAM_RULES},
             "engines": [{"name": "placeholder", "type": "ClamAV", "address": "clamd.example.test:3310"}],
         },
         "upstreams": [
-            {"name": "placeholder", "type": "DirectToMX"},
+            {"name": "provider", "host": "smtp.example.test"},
         ],
         "bounces": {"address": "bounces@example.test"},
         "dkim": [{"domain": "example.test", "selector": "s1", "privateKeySecretRef": secret}],

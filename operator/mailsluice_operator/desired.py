@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mailsluice_operator.children import network, secrets, workload
+from mailsluice_operator.children import monitoring, network, scaling, secrets, workload
 from mailsluice_operator.children.configuration import DEFAULT_STORAGE
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import Object, Owner
@@ -270,9 +270,14 @@ def relay_children(
         network.client_service(relay, owner),
         network.pods_service(relay, owner),
     ]
-    budget = network.disruption_budget(relay, owner)
-    if budget is not None:
-        children.append(budget)
+    asked_for = (
+        network.network_policy(relay, owner),
+        network.disruption_budget(relay, owner),
+        scaling.autoscaler(relay, owner),
+        monitoring.pod_monitor(relay, owner),
+        monitoring.prometheus_rule(relay, owner),
+    )
+    children += [found for found in asked_for if found is not None]
     children.append(workload.workload(relay, owner, settings, replicas, claims))
     return children
 

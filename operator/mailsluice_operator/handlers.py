@@ -58,9 +58,9 @@ def selectors() -> Mapping[Kind, str | None]:
     }
 
 
-def watched(*, namespaced: bool) -> list[Kind]:
-    """Namespaces cannot be watched with a Role."""
-    return [kind for kind in selectors() if kind is not NAMESPACE or not namespaced]
+def watched(*, namespaced: bool, unserved: Set[Kind] = frozenset()) -> list[Kind]:
+    """Namespaces cannot be watched with a Role, nor what the cluster does not know."""
+    return [kind for kind in selectors() if kind not in unserved and (kind is not NAMESPACE or not namespaced)]
 
 
 class Intake:

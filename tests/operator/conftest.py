@@ -135,6 +135,26 @@ class Platform:
         return path
 
 
+def foreign_definition(kind: str) -> Object:
+    """A CustomResourceDefinition of the Prometheus operator, without its schema."""
+    names = {"kind": kind, "plural": f"{kind.lower()}s", "singular": kind.lower(), "listKind": f"{kind}List"}
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{names['plural']}.monitoring.coreos.com",
+            "annotations": {"api-approved.kubernetes.io": "unapproved, test only"},
+        },
+        "spec": {
+            "group": "monitoring.coreos.com",
+            "names": names,
+            "scope": "Namespaced",
+            "versions": [{"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def platform() -> Iterator[Platform]:
     if absent := missing(CONTROL_PLANE):
@@ -145,6 +165,7 @@ def platform() -> Iterator[Platform]:
         try:
             kubectl = Kubectl(control_plane.kubeconfig)
             kubectl("apply", "-k", str(ROOT / "deploy"))
+            kubectl.apply(*map(foreign_definition, ("PodMonitor", "PrometheusRule")))
             kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd", "--all")
             # No node would run it: the tests start the command themselves.
             kubectl("delete", "deployment", "--namespace=mailsluice-system", "mailsluice-operator")

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mailsluice_operator import desired
-from mailsluice_operator.children import network, secrets, workload
+from mailsluice_operator.children import monitoring, network, scaling, secrets, workload
 from mailsluice_operator.children.compare import quantity, satisfied
 from mailsluice_operator.children.metadata import APPLIED_ANNOTATION, Owner, child, fingerprint
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, relay_from, user_from
 from mailsluice_relay.config import login_key
+from mailsluice_relay.metrics import Metrics as RelayMetrics
 
 Object = dict[str, Any]
 
@@ -368,3 +374,69 @@ def test_the_relay_ends_before_the_kubelet_kills_it(spec: Object, period: int, g
     found = pod(relay(podTemplate={"spec": spec}))
     assert found["terminationGracePeriodSeconds"] == period
     assert found["containers"][0]["args"][-2:] == ["--grace", grace]
+
+
+# --- What is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_a_network_policy_limits_who_sends_and_leaves_metrics_and_the_way_out_open() -> None:
+    asked = relay(
+        listeners=[{"name": "smtp", "port": 25}],
+        networkPolicy={"enabled": True, "from": [{"namespaceSelector": {"matchLabels": {"mail": "yes"}}}]},
+    )
+    policy = network.network_policy(asked, OWNER)
+    assert policy is not None
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["spec"]["ingress"] == [
+        {
+            "ports": [{"port": 2025, "protocol": "TCP"}],
+            "from": [{"namespaceSelector": {"matchLabels": {"mail": "yes"}}}],
+        },
+        {"ports": [{"port": 9090, "protocol": "TCP"}], "from": [{"namespaceSelector": {}}]},
+    ]
+    everybody = network.network_policy(relay(networkPolicy={"enabled": True}), OWNER)
+    assert everybody is not None
+    assert "from" not in everybody["spec"]["ingress"][0]
+    assert network.network_policy(relay(networkPolicy={"enabled": False}), OWNER) is None
+
+
+def test_an_autoscaler_scales_the_resource_by_what_pods_can_help_with() -> None:
+    found = scaling.autoscaler(
+        relay(autoscaling={"maxReplicas": 4, "cpuUtilization": 70, "queuedMessagesPerReplica": 500}), OWNER
+    )
+    assert found is not None
+    assert found["spec"]["scaleTargetRef"]["kind"] == "SmtpRelay"
+    assert (found["spec"]["minReplicas"], found["spec"]["maxReplicas"]) == (1, 4)
+    cpu, queue = found["spec"]["metrics"]
+    assert cpu["resource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
+    assert queue["pods"]["target"] == {"type": "AverageValue", "averageValue": "500"}
+    assert queue["pods"]["metric"]["name"] == "mailsluice_queue_messages"
+    assert scaling.autoscaler(relay(replicas=2), OWNER) is None
+
+
+def test_alerts_and_the_monitor_name_metrics_and_a_port_that_there_are() -> None:
+    asked = relay(monitoring={"podMonitor": True, "rules": True, "labels": {"release": "prometheus"}})
+    monitor, rule = monitoring.pod_monitor(asked, OWNER), monitoring.prometheus_rule(asked, OWNER)
+    assert monitor is not None
+    assert rule is not None
+    (container,) = pod(asked)["containers"]
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] in {port["name"] for port in container["ports"]}
+    for body in (monitor, rule):
+        assert body["metadata"]["labels"]["release"] == "prometheus"
+    served = {sample.name for family in RelayMetrics().registry.collect() for sample in family.samples}
+    served |= {family.name for family in RelayMetrics().registry.collect()}
+    served |= {f"{family.name}_total" for family in RelayMetrics().registry.collect() if family.type == "counter"}
+    expressions = [alert["expr"] for alert in rule["spec"]["groups"][0]["rules"]]
+    named = {name for expression in expressions for name in re.findall(r"\bmailsluice_\w+", expression)}
+    assert named - served == set()
+    assert all('namespace="mail",pod=~"out-[0-9]+"' in expression for expression in expressions)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_takes_the_alerts(tmp_path: Path) -> None:
+    rule = monitoring.prometheus_rule(relay(monitoring={"rules": True}), OWNER)
+    assert rule is not None
+    file = tmp_path / "rules.json"  # which is YAML, too
+    file.write_text(json.dumps(rule["spec"]))
+    done = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

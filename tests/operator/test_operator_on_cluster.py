@@ -27,6 +27,9 @@ CHILDREN = (
     "service/out",
     "service/out-pods",
     "poddisruptionbudget/out",
+    "networkpolicy/out",
+    "podmonitor/out",
+    "prometheusrule/out",
     "statefulset/out",
 )
 
@@ -44,6 +47,8 @@ def relay(name: str = "out", **spec: Any) -> Object:
                 {"name": "provider", "host": "smtp.provider.test", "credentialsSecretRef": {"name": "provider"}}
             ],
             "disruptionBudget": {"maxUnavailable": 1},
+            "networkPolicy": {"enabled": True, "from": [{"namespaceSelector": {}, "podSelector": {}}]},
+            "monitoring": {"podMonitor": True, "rules": True, "labels": {"release": "prometheus"}},
             **spec,
         },
     }
@@ -151,6 +156,9 @@ EDITS = {
     "service/out": {"spec": {"ports": [{"name": "smtp", "port": 25, "targetPort": 26}]}},
     "service/out-pods": {"metadata": {"labels": {"app.kubernetes.io/managed-by": None}}},
     "poddisruptionbudget/out": {"spec": {"maxUnavailable": 0}},
+    "networkpolicy/out": {"spec": {"ingress": [{}]}},
+    "podmonitor/out": {"spec": {"podMetricsEndpoints": []}},
+    "prometheusrule/out": {"spec": {"groups": []}},
     "statefulset/out": {"spec": {"replicas": 4, "template": {"spec": {"serviceAccountName": "default"}}}},
 }
 
@@ -255,13 +263,48 @@ def test_a_named_secret_is_labelled_and_unlabelled_when_no_relay_names_it(
     assert secret_value(settled, "provider", "password") == "provider-secret"
 
 
-def test_a_child_that_is_not_wanted_any_more_goes(settled: Kubectl, eventually: Eventually) -> None:
-    assert exists(settled, "poddisruptionbudget/out")
+def test_children_that_are_not_wanted_any_more_go(settled: Kubectl, eventually: Eventually) -> None:
+    optional = {"poddisruptionbudget/out", "networkpolicy/out", "podmonitor/out", "prometheusrule/out"}
+    assert {child for child in CHILDREN if exists(settled, child)} == set(CHILDREN)
     changed = relay()
-    del changed["spec"]["disruptionBudget"]
+    for field in ("disruptionBudget", "networkPolicy", "monitoring"):
+        del changed["spec"][field]
     settled.apply(changed)
-    eventually(lambda: not exists(settled, "poddisruptionbudget/out"))
+    eventually(lambda: not any(exists(settled, child) for child in optional))
     assert exists(settled, "statefulset/out")
+
+
+def test_an_autoscaler_finds_the_relays_scale_and_goes_when_it_is_not_wanted(
+    mail: Kubectl, operator: Any, eventually: Eventually
+) -> None:
+    scaling = {"minReplicas": 2, "maxReplicas": 5, "queuedMessagesPerReplica": 2000, "cpuUtilization": 70}
+    mail.apply(relay(autoscaling=scaling))
+    eventually(lambda: exists(mail, "horizontalpodautoscaler/out"))
+    eventually(lambda: get(mail, "statefulset/out")["spec"]["replicas"] == 2)
+
+    def finds_it() -> bool:
+        conditions = get(mail, "horizontalpodautoscaler/out")["status"].get("conditions", ())
+        return ("AbleToScale", "True") in [(item["type"], item["status"]) for item in conditions]
+
+    eventually(finds_it, 40)
+    # As the autoscaler does; whoever applies the manifest again takes nothing back.
+    mail("scale", "smtprelay/out", "--replicas=4")
+    eventually(lambda: get(mail, "statefulset/out")["spec"]["replicas"] == 4)
+    mail.apply(relay(autoscaling={**scaling, "maxReplicas": 6}))
+    eventually(lambda: get(mail, "horizontalpodautoscaler/out")["spec"]["maxReplicas"] == 6)
+    assert get(mail, "statefulset/out")["spec"]["replicas"] == 4
+
+    def quiet() -> bool:
+        """A reconcile that writes nothing, though the API server shows 2000 as 2k."""
+        writes = operator.writes()
+        count = operator.value("mailsluice_operator_reconciles_total", kind="SmtpRelay")
+        mail("annotate", "smtprelay/out", f"example.test/poke={count}", "--overwrite")
+        eventually(lambda: operator.value("mailsluice_operator_reconciles_total", kind="SmtpRelay") > count)
+        return bool(operator.writes() == writes)
+
+    eventually(quiet)
+    mail.apply(relay(replicas=1))
+    eventually(lambda: not exists(mail, "horizontalpodautoscaler/out"))
 
 
 def test_a_foreign_object_of_the_same_name_is_reported_and_left_alone(mail: Kubectl, eventually: Eventually) -> None:
@@ -553,4 +596,3 @@ def test_a_restart_over_settled_relays_writes_nothing_and_a_role_is_enough(
         assert {code for (_, code), count in process.requests().items() if count} <= {"200", "404"}
         assert process.value("mailsluice_operator_relays") == 1
         assert process.stop() == 0
-

@@ -16,6 +16,7 @@ from mailsluice_operator.children.secrets import decoded
 from mailsluice_operator.children.workload import PodSettings
 from mailsluice_operator.cluster.client import Cluster
 from mailsluice_operator.cluster.objects import (
+    OPTIONAL,
     POD,
     SECRET,
     SERVICE,
@@ -328,3 +329,13 @@ async def test_the_quota_follows_the_smallest_volume_that_exists_until_it_is_exp
     assert world.found(STATEFUL_SET, "out")["spec"]["volumeClaimTemplates"][0]["spec"]["resources"] == {
         "requests": {"storage": "1Gi"}
     }
+
+
+async def test_kinds_that_the_cluster_does_not_know_are_reported_and_the_rest_is_made(world: World) -> None:
+    world.context.unserved = frozenset(OPTIONAL)
+    world.tell(provider())
+    world.tell(relay(monitoring={"podMonitor": True, "rules": True}))
+    await world.reconcile()
+    assert world.condition("Degraded") == ("True", "KindNotServed")
+    assert Reference(STATEFUL_SET, "mail", "out") in world.api.objects
+    assert not any(where.kind in OPTIONAL for where in world.api.objects)

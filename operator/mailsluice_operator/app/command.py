@@ -48,6 +48,17 @@ def serve(
             "Services have IPv6 addresses.",
         ),
     ] = None,
+    lease_namespace: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MAILSLUICE_LEASE_NAMESPACE",
+            help="Namespace of the Lease by which one of several processes leads. Left out: there is no election, and "
+            "this must be the only process.",
+        ),
+    ] = None,
+    lease_name: Annotated[
+        str, typer.Option(envvar="MAILSLUICE_LEASE_NAME", help="Name of that Lease; the same for all that take turns.")
+    ] = "mailsluice-operator",
     http_host: Annotated[str, typer.Option(help="Address of /metrics, /healthz and /readyz.")] = "0.0.0.0",  # noqa: S104 - as Options.http_host
     http_port: Annotated[int, typer.Option(help="Port of /metrics, /healthz and /readyz.")] = 8080,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Reconciles that run at the same time.")] = 8,
@@ -59,7 +70,7 @@ def serve(
 
         KUBECONFIG=~/.kube/config mailsluice-operator --relay-image localhost/mailsluice:dev --namespace mail
 
-    Run one replica: two would undo each other's work.
+    Of several processes with one Lease (--lease-namespace) one leads and the others wait for it to end.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s %(message)s")
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line an event otherwise
@@ -75,6 +86,7 @@ def serve(
             http_host=http_host,
             http_port=http_port,
             workers=workers,
+            lease=(lease_namespace, lease_name) if lease_namespace else None,
         )
     )
 

@@ -14,7 +14,7 @@ from mailsluice_operator.reconcile.context import Key
 from mailsluice_operator.reconcile.reconciler import KINDS
 
 RESULTS = ("success", "error")
-VERBS = ("get", "list", "apply", "patch", "create", "delete")
+VERBS = ("get", "list", "apply", "patch", "create", "update", "delete")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 

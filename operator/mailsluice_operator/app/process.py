@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import datetime
 import logging
+import math
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +32,13 @@ from mailsluice_operator.cluster.client import (
     ApiError,
     Cluster,
     NotFoundError,
+    NotLeaderError,
     connect,
     credentials_of,
 )
-from mailsluice_operator.cluster.objects import Kind, Reference
+from mailsluice_operator.cluster.objects import LEASE, OPTIONAL, Kind, Reference
 from mailsluice_operator.cluster.store import Store
+from mailsluice_operator.election import Candidate, Election
 from mailsluice_operator.handlers import Intake
 from mailsluice_operator.reconcile.context import Context, Key, Probe
 from mailsluice_operator.reconcile.index import Index
@@ -48,11 +52,20 @@ FIRST_RESYNC: Final = 30.0
 RESYNC: Final = 600.0
 """Seconds between resyncs: certificates are looked at, and the watches are checked against a listing."""
 CRD_RETRY: Final = 5.0
+KINDS_CHECK: Final = 20.0
+"""Seconds between the looks at which optional kinds the cluster serves."""
+LEASE_TIMEOUT: Final = 3.0
+"""For one request of the election: several fit before the deadline."""
 
 # The edge: from here on clocks are arguments.
 _wall_clock = time.time  # noqa: TID251
 _monotonic = time.monotonic  # noqa: TID251
 _randomness = os.urandom  # noqa: TID251
+
+
+def _boot_clock() -> float:
+    """Goes on while the machine is suspended, as the clocks of the other candidates do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _now() -> datetime.datetime:
@@ -71,6 +84,8 @@ class Options:
     http_host: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from other hosts; nothing here is secret
     http_port: int = 8080
     workers: int = 8
+    lease: tuple[str, str] | None = None
+    """Namespace and name of the Lease by which one of several processes leads; None: this is the only one."""
 
 
 class _Observer:
@@ -84,21 +99,23 @@ class _Observer:
 
     def finished(self, key: Key, seconds: float, error: BaseException | None, retry_in: float | None) -> None:
         self._metrics.reconciled(key, seconds, failed=error is not None)
-        if isinstance(error, ApiError):  # it says all there is to say
+        if isinstance(error, ApiError | NotLeaderError):  # it says all there is to say
             log.warning("%s: %s; again in %.0f s", key, error, retry_in)
         elif error is not None:
             log.error("%s: again in %.0f s", key, retry_in, exc_info=error)
 
 
 class Operator:
-    """One operator process. `run` returns when it was told to stop, and raises when a part of it failed."""
+    """One operator process. `run` returns when it was told to stop or has to start anew, raises when a part failed."""
 
     def __init__(self, options: Options, *, probe: Probe | None = None) -> None:
         """`probe` asks relay pods in place of HTTP, for tests without pods."""
         self._options = options
         self._probe = probe
         self._rng = random.Random()  # noqa: S311 - jitter, not a secret
-        self._kinds = handlers.watched(namespaced=bool(options.namespaces))
+        self._kinds = handlers.watched(namespaced=bool(options.namespaces), unserved=frozenset(OPTIONAL))
+        self._following = options.lease is not None
+        self._election: Election | None = None
         self.store = Store(RELAY_LABEL)
         self.metrics = Metrics(self.store, self._kinds, _wall_clock)
         self.synced = asyncio.Event()
@@ -112,7 +129,13 @@ class Operator:
     async def run(self) -> None:
         agent = f"{FIELD_MANAGER}/{version('mailsluice')}"
         api = await connect(self._options.kubeconfig, agent)
-        cluster = Cluster(api, observe=self.metrics.request, rng=self._rng)
+        election = self._election = self._new_election(api)
+        cluster = Cluster(
+            api,
+            observe=self.metrics.request,
+            rng=self._rng,
+            may_write_for=election.may_write_for if election is not None else lambda: math.inf,
+        )
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(cluster.close)
             session = await stack.enter_async_context(aiohttp.ClientSession())
@@ -123,7 +146,7 @@ class Operator:
                 rng=self._rng,
                 workers=self._options.workers,
             )
-            context = Context(
+            self.context = Context(
                 cluster=cluster,
                 store=self.store,
                 index=Index(),
@@ -135,52 +158,127 @@ class Operator:
                 enqueue=queue.add,
                 namespaced=bool(self._options.namespaces),
             )
-            self._reconciler = Reconciler(context)
+            self._reconciler = Reconciler(self.context)
             self.queue = queue
             self.metrics.read_depth_from(lambda: queue.depth)
-            self.intake = Intake(context, self.metrics.saw_event, _monotonic)
+            self.intake = Intake(self.context, self.metrics.saw_event, _monotonic)
             runner = await serve(
                 self._options.http_host,
                 self._options.http_port,
                 self.metrics.registry,
                 alive=self.intake.silent_watch,
-                ready=lambda: None if self.synced.is_set() else "not yet synchronised with the API server",
+                ready=self._unready,
             )
             stack.push_async_callback(runner.cleanup)
             host, port = runner.addresses[0][:2]
             self.http_address = (host, port)
             await self._run_parts(api, cluster, queue)
 
+    def _new_election(self, api: ApiClient) -> Election | None:
+        if self._options.lease is None:
+            return None
+        namespace, name = self._options.lease
+        identity = f"{socket.gethostname()}_{_randomness(8).hex()}"  # another one after every start
+        cluster = Cluster(
+            api,
+            observe=self.metrics.request,
+            rng=self._rng,
+            attempts=1,
+            timeout=LEASE_TIMEOUT,
+        )
+        return Election(Candidate(identity), Reference(LEASE, namespace, name), cluster, clock=_boot_clock, now=_now)
+
+    def _unready(self) -> str | None:
+        """One that waits to lead is ready: a roll-out goes on, and the other one leads."""
+        if self._following or self.synced.is_set():
+            return None
+        return "not yet synchronised with the API server"
+
     async def _work(self, key: Key) -> float | None:
         return await self._reconciler(key)
 
     async def _run_parts(self, api: ApiClient, cluster: Cluster, queue: WorkQueue[Key]) -> None:
-        """Run the watches, the workers and the resync until one of them ends or `stop` is called."""
+        """Wait to lead, then lead, until a part ends or `stop` is called."""
+        self._catch_signals()
+        stop = asyncio.create_task(self._stop.wait())
+        parts: set[asyncio.Task[Any]] = {stop}
+        try:
+            if self._election is not None:
+                acquire = asyncio.create_task(self._election.acquire())
+                parts.add(acquire)
+                await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                if not acquire.done():
+                    return
+                parts.remove(acquire)
+                acquire.result()
+                parts.add(asyncio.create_task(self._election.keep()))
+            self._following = False
+            parts.add(asyncio.create_task(self._lead(api, cluster, queue)))
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+            if self._election is not None:
+                await self._election.release()
+
+    async def _lead(self, api: ApiClient, cluster: Cluster, queue: WorkQueue[Key]) -> None:
+        """Watch, work and resync until one of them ends, or this is cancelled."""
+        self.context.unserved = await self._unserved(cluster)
+        self._kinds = handlers.watched(namespaced=bool(self._options.namespaces), unserved=self.context.unserved)
         for kind in self._kinds:
             await self._list(cluster, kind, wait=True)
         started = asyncio.Event()
         stop_watching = asyncio.Event()
         watching = asyncio.create_task(self._watch(api, started, stop_watching))
-        parts: set[asyncio.Task[Any]] = {watching, asyncio.create_task(self._stop.wait())}
         start = asyncio.create_task(started.wait())
-        await asyncio.wait({*parts, start}, return_when=asyncio.FIRST_COMPLETED)
-        if start.done():
-            self._catch_signals()
-            self.metrics.leads(True)
-            parts |= {asyncio.create_task(queue.run()), asyncio.create_task(self._resync(cluster, queue))}
-            self.synced.set()
-            log.info("watching %s", ", ".join(self._options.namespaces) or "all namespaces")
-        done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-        self.metrics.leads(False)
-        stop_watching.set()
-        for part in {*parts, start} - {watching}:
-            part.cancel()
-        results = await asyncio.gather(*parts, start, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
-                raise result
-        if watching in done and not self._stop.is_set():
-            raise RuntimeError("the watches ended by themselves; see the log lines of kopf above")
+        parts: set[asyncio.Task[Any]] = {watching, start}
+        try:
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            parts.remove(start)
+            if start.done():
+                self._catch_signals()
+                self.metrics.leads(True)
+                parts |= {
+                    asyncio.create_task(queue.run()),
+                    asyncio.create_task(self._resync(cluster, queue)),
+                    asyncio.create_task(self._look_for_kinds(cluster)),
+                }
+                self.synced.set()
+                log.info("watching %s", ", ".join(self._options.namespaces) or "all namespaces")
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
+            if watching in done:
+                raise RuntimeError("the watches ended by themselves; see the log lines of kopf above")
+        finally:
+            self.metrics.leads(False)
+            stop_watching.set()
+            for part in parts - {watching}:
+                part.cancel()
+            start.cancel()
+            for result in await asyncio.gather(*parts, return_exceptions=True):
+                if isinstance(result, Exception):
+                    log.error("while stopping", exc_info=result)
+
+    async def _unserved(self, cluster: Cluster) -> frozenset[Kind]:
+        return frozenset([kind for kind in OPTIONAL if not await cluster.serves(kind)])
+
+    async def _look_for_kinds(self, cluster: Cluster) -> None:
+        """Return when the cluster has begun or ceased to serve an optional kind: what is watched is chosen at start."""
+        while True:
+            await asyncio.sleep(KINDS_CHECK)
+            try:
+                changed = await self._unserved(cluster) ^ self.context.unserved
+            except ApiError as error:
+                log.warning("%s; again in %.0f s", error, KINDS_CHECK)
+                continue
+            if changed:
+                names = ", ".join(kind.name for kind in changed)
+                log.warning("%s: not served as it was at the start; ending, to be started anew", names)
+                return
 
     async def _list(self, cluster: Cluster, kind: Kind, *, wait: bool = False) -> None:
         """Take in a listing of a kind. `wait` for the CustomResourceDefinitions, which may be installed after us."""

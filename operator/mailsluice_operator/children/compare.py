@@ -22,7 +22,8 @@ _FACTORS: Final[dict[str, Decimal]] = {
     **{suffix: Decimal(1000) ** power for power, suffix in enumerate("kMGTPE", 1)},
     **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTPE", 1)},
 }
-_QUANTITY_PARENTS: Final = frozenset({"requests", "limits", "capacity"})
+_QUANTITY_PARENTS: Final = frozenset({"requests", "limits", "capacity", "target"})
+"""Fields that hold quantities; `target` is that of an autoscaler's metric."""
 
 
 def quantity(text: object) -> Decimal | None:

@@ -1,8 +1,16 @@
-"""The Services of a relay: one for clients, one that names its pods."""
+"""What a relay is reached by, and by whom: its Services, NetworkPolicy and PodDisruptionBudget."""
 
 from __future__ import annotations
 
-from mailsluice_operator.children.metadata import Object, Owner, child, pods_service_name, relay_labels, selector
+from mailsluice_operator.children.metadata import (
+    Object,
+    Owner,
+    child,
+    plain,
+    pods_service_name,
+    relay_labels,
+    selector,
+)
 from mailsluice_operator.resource.models import HTTP_PORT, SmtpRelay, bound_port
 
 HTTP_PORT_NAME = "http"
@@ -61,6 +69,39 @@ def disruption_budget(relay: SmtpRelay, owner: Owner) -> Object | None:
     return child(
         "policy/v1",
         "PodDisruptionBudget",
+        owner.name,
+        owner,
+        labels=relay_labels(owner.name),
+        spec=spec,
+    )
+
+
+def network_policy(relay: SmtpRelay, owner: Owner) -> Object | None:
+    """Who may connect to the listeners. What pods connect to is not limited: upstreams are anywhere.
+
+    The metrics port stays open to all namespaces: Prometheus is in one that the resource does not know, and the
+    operator asks pods there too. The kubelet's probes come from the pod's own node and are always let through.
+    """
+    wanted = relay.spec.network_policy
+    if wanted is None or not wanted.enabled:
+        return None
+    mail: Object = {
+        "ports": [{"port": bound_port(listener.port), "protocol": "TCP"} for listener in relay.spec.listeners]
+    }
+    if wanted.from_:
+        mail["from"] = [plain(peer) for peer in wanted.from_]
+    metrics: Object = {
+        "ports": [{"port": HTTP_PORT, "protocol": "TCP"}],
+        "from": [{"namespaceSelector": {}}],
+    }
+    spec: Object = {
+        "podSelector": {"matchLabels": selector(owner.name)},
+        "policyTypes": ["Ingress"],
+        "ingress": [mail, metrics],
+    }
+    return child(
+        "networking.k8s.io/v1",
+        "NetworkPolicy",
         owner.name,
         owner,
         labels=relay_labels(owner.name),

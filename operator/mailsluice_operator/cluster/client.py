@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ PAGE_SIZE: Final = 100
 APPLY: Final = "application/apply-patch+yaml"
 MERGE: Final = "application/merge-patch+json"
 
+READS: Final = frozenset({"get", "list"})
 _RETRIED: Final = frozenset({429, 500, 502, 503, 504})
 
 RequestObserver = Callable[[str, str], None]
@@ -44,6 +46,10 @@ class ApiError(Exception):
         super().__init__(f"{what}: {message}")
         self.status = status
         self.message = message
+
+
+class NotLeaderError(Exception):
+    """This process may not write: it does not lead, or has not heard for too long that it still does."""
 
 
 class NotFoundError(ApiError):
@@ -122,12 +128,19 @@ class Cluster:
         observe: RequestObserver,
         rng: random.Random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        may_write_for: Callable[[], float] = lambda: math.inf,
+        attempts: int = ATTEMPTS,
+        timeout: float = REQUEST_TIMEOUT,
     ) -> None:
+        """`may_write_for` tells in how many seconds at most a write must have ended; not above 0: it may not begin."""
         self._api = api
         self._dynamic = DynamicClient(api)  # not awaited: that would discover, and the paths are known
         self._observe = observe
         self._rng = rng
         self._sleep = sleep
+        self._may_write_for = may_write_for
+        self._attempts = attempts
+        self._timeout = timeout
 
     async def close(self) -> None:
         await self._api.close()
@@ -158,9 +171,27 @@ class Cluster:
             if not following:
                 return
 
+    async def serves(self, kind: Kind) -> bool:
+        """Whether the API server knows the kind."""
+        try:
+            group = await self._request("get", kind.api_version, f"/apis/{kind.api_version}")
+        except NotFoundError:
+            return False
+        return any(resource["name"] == kind.plural for resource in group["resources"])
+
     async def apply(self, body: Object) -> Object:
         """Server-side apply. A controller forces: its fields are its own, and what others set beside them stays."""
         return await self._apply(body, None)
+
+    async def create(self, body: Object) -> Object:
+        """Make an object that is not there yet (else ConflictError)."""
+        where = reference_of(body)
+        return await self._request("create", str(where), where.kind.path(where.namespace), body=body)
+
+    async def update(self, body: Object) -> Object:
+        """Replace an object, unless it has changed since its resourceVersion (ConflictError)."""
+        where = reference_of(body)
+        return await self._request("update", str(where), where.kind.path(where.namespace, where.name), body=body)
 
     async def apply_status(self, body: Object) -> Object:
         """Server-side apply of the status; the body needs nothing of the spec."""
@@ -180,6 +211,13 @@ class Cluster:
     async def annotate(self, where: Reference, annotations: Mapping[str, str | None]) -> Object:
         """Set annotations, or take them off (None)."""
         return await self._merge(where, {"metadata": {"annotations": dict(annotations)}})
+
+    async def set_replicas(self, body: Object, replicas: int) -> Object:
+        """Set spec.replicas, unless the object has changed since it was read (ConflictError)."""
+        version = body["metadata"]["resourceVersion"]
+        return await self._merge(
+            reference_of(body), {"metadata": {"resourceVersion": version}, "spec": {"replicas": replicas}}
+        )
 
     async def set_finalizers(self, body: Object, finalizers: list[str]) -> Object:
         """Replace the finalizers, unless the object has changed since it was read (ConflictError)."""
@@ -251,12 +289,12 @@ class Cluster:
                 status = int(error.status or 0)
                 self._observe(verb, str(status))
                 failure = _ERRORS.get(status, ApiError)(what, status, _explained(error))
-                if status not in _RETRIED or attempt == ATTEMPTS:
+                if status not in _RETRIED or attempt == self._attempts:
                     raise failure from error
                 retry_after = (error.headers or {}).get("Retry-After")
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 self._observe(verb, "error")
-                if attempt == ATTEMPTS:
+                if attempt == self._attempts:
                     text = str(error) or type(error).__name__
                     raise ApiError(what, 0, f"the API server did not answer: {text}") from error
                 retry_after = None
@@ -272,8 +310,14 @@ class Cluster:
     async def _once(
         self, verb: str, path: str, query: Mapping[str, str], body: Object | None, content_type: str | None
     ) -> Object:
-        method = {"list": "get", "apply": "patch", "create": "post"}.get(verb, verb)
-        async with asyncio.timeout(REQUEST_TIMEOUT):
+        method = {"list": "get", "apply": "patch", "create": "post", "update": "put"}.get(verb, verb)
+        timeout = self._timeout
+        if verb not in READS:
+            left = self._may_write_for()
+            if left <= 0:
+                raise NotLeaderError(f"{verb} {path}: this process does not lead any more")
+            timeout = min(timeout, left)
+        async with asyncio.timeout(timeout):
             response: aiohttp.ClientResponse = await self._dynamic.request(
                 method,
                 path,

@@ -39,16 +39,36 @@ SERVICE_ACCOUNT = Kind("v1", "ServiceAccount", "serviceaccounts")
 STATEFUL_SET = Kind("apps/v1", "StatefulSet", "statefulsets")
 DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
 DISRUPTION_BUDGET = Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
+NETWORK_POLICY = Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
+AUTOSCALER = Kind("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
+POD_MONITOR = Kind("monitoring.coreos.com/v1", "PodMonitor", "podmonitors")
+PROMETHEUS_RULE = Kind("monitoring.coreos.com/v1", "PrometheusRule", "prometheusrules")
 CLAIM = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 POD = Kind("v1", "Pod", "pods")
 NAMESPACE = Kind("v1", "Namespace", "namespaces", namespaced=False)
 EVENT = Kind("v1", "Event", "events")
+LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 
-CHILDREN = (SECRET, CONFIG_MAP, SERVICE_ACCOUNT, SERVICE, STATEFUL_SET, DEPLOYMENT, DISRUPTION_BUDGET)
-"""Kinds of which a relay has children, in the order in which they are applied: what a pod needs comes before it."""
+OPTIONAL = (POD_MONITOR, PROMETHEUS_RULE)
+"""Kinds of children that a cluster serves only when somebody has installed their definitions."""
+
+CHILDREN = (
+    SECRET,
+    CONFIG_MAP,
+    SERVICE_ACCOUNT,
+    SERVICE,
+    NETWORK_POLICY,
+    DISRUPTION_BUDGET,
+    AUTOSCALER,
+    *OPTIONAL,
+    STATEFUL_SET,
+    DEPLOYMENT,
+)
+"""Kinds of which a relay has children."""
 
 KINDS: Mapping[tuple[str, str], Kind] = {
-    (kind.api_version, kind.name): kind for kind in (SMTP_RELAY, SMTP_USER, *CHILDREN, CLAIM, POD, NAMESPACE, EVENT)
+    (kind.api_version, kind.name): kind
+    for kind in (SMTP_RELAY, SMTP_USER, *CHILDREN, CLAIM, POD, NAMESPACE, EVENT, LEASE)
 }
 
 

@@ -11,7 +11,7 @@ from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.workload import PodSettings
 from mailsluice_operator.cluster.client import ApiError, Cluster
 from mailsluice_operator.cluster.events import Recent
-from mailsluice_operator.cluster.objects import NAMESPACE, Object, Reference
+from mailsluice_operator.cluster.objects import NAMESPACE, Kind, Object, Reference
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.reconcile.index import Index
 from mailsluice_operator.status import UpstreamDown, timestamp
@@ -51,6 +51,8 @@ class Context:
     enqueue: Callable[[Key, float], None]
     namespaced: bool = False
     """Only some namespaces are watched, and Namespaces themselves cannot be."""
+    unserved: frozenset[Kind] = frozenset()
+    """Kinds of children that this cluster does not know."""
     own_logins: dict[Key, frozenset[str]] = field(default_factory=dict)
     """Each relay's own users, as `login_key` has them and as its last reconcile read them."""
     recent: Recent = field(init=False)

@@ -28,19 +28,22 @@ from mailsluice_operator.children.metadata import (
 )
 from mailsluice_operator.children.secrets import CONFIG_KEY, config_secret, decoded
 from mailsluice_operator.cluster.objects import (
+    POD_MONITOR,
+    PROMETHEUS_RULE,
     SECRET,
     SERVICE,
     SMTP_RELAY,
     Object,
     Reference,
     annotations_of,
+    kind_of,
 )
 from mailsluice_operator.reconcile import secrets, users
 from mailsluice_operator.reconcile.context import Context, Key
 from mailsluice_operator.reconcile.pods import FRESH, FRESH_SILENCE, FRESH_WHILE_CHANGING, Pods, drained, is_ready
 from mailsluice_operator.reconcile.workload import Workload, claim_of, volumes
 from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwanted, ensure_child, write_status
-from mailsluice_operator.resource.models import SmtpRelay, relay_from
+from mailsluice_operator.resource.models import Autoscaling, SmtpRelay, relay_from
 from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.references import secret_uses
 from mailsluice_operator.resource.status import SmtpRelayStatus
@@ -134,6 +137,9 @@ class RelayReconciler:
 
     async def _converge(self, key: Key, body: Object, relay: SmtpRelay, memory: _Memory) -> float | None:
         workload = Workload.of(self._context, key)
+        if relay.spec.autoscaling is not None and relay.spec.replicas is None:
+            body = await self._seed_replicas(body, relay.spec.autoscaling, workload)
+            relay = relay_from(body)
         effective, wanted = _way_to(relay, workload)
         in_force = self._revision_in_force(key)
         step = await self._step(key, effective, workload, wanted)
@@ -151,6 +157,7 @@ class RelayReconciler:
             claims=workload.claims,
             settings=self._context.settings,
         )
+        children = [child for child in children if kind_of(child) not in self._context.unserved]
         blocked = await self._apply(body, children)
         revision = in_force
         if blocked is None:
@@ -168,6 +175,13 @@ class RelayReconciler:
         )
         await self._report(body, relay.status, view)
         return memory.wait() if blocked is not None else self._look_again(key, view)
+
+    async def _seed_replicas(self, body: Object, scaling: Autoscaling, workload: Workload) -> Object:
+        """The scale subresource fails while spec.replicas is not there, and so would the autoscaler: it begins here."""
+        replicas = max(scaling.min_replicas, min(workload.replicas, scaling.max_replicas))
+        body = await self._context.cluster.set_replicas(body, replicas)
+        self._context.store.put(SMTP_RELAY, body)
+        return body
 
     async def _apply(self, body: Object, children: list[Object]) -> Fact | None:
         """Make the children what they should be; returns why one cannot be made. What comes after it is not made."""
@@ -260,6 +274,17 @@ class RelayReconciler:
         yield from made.degraded
         if (fact := desired.not_resized(relay, exist)) is not None:
             yield fact
+        monitoring = relay.spec.monitoring
+        for field, asked, kind in (
+            ("podMonitor", monitoring.pod_monitor, POD_MONITOR),
+            ("rules", monitoring.rules, PROMETHEUS_RULE),
+        ):
+            if asked and kind in self._context.unserved:
+                yield Fact(
+                    "KindNotServed",
+                    f"spec.monitoring.{field}: this cluster has no {kind.name} ({kind.api_version}); install the "
+                    "Prometheus operator, or set it to false.",
+                )
         given = relay.spec.tls.secret_ref
         expiry = credentials.expiry(made.files.get("tls.crt", b"")) if given is not None else None
         if given is not None and expiry is not None and expiry - self._context.now() < EXPIRING:
