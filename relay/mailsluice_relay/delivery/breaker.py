@@ -25,6 +25,10 @@ class Breaker:
         self.probe_at = 0.0
 
     def failed(self, now: float, failure: FailureClass, error: str) -> None:
+        """A session has failed. Sessions that were begun together fail together: while the upstream is down, only what
+        comes at or after the next look makes the time to the one after it longer."""
+        if not self.is_up and now < self.probe_at:
+            return
         self._failures += 1
         self.failure, self.last_error = failure, error
         if self.is_up and self._failures < TOLERANCE and failure not in AT_ONCE:

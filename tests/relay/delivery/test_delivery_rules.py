@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mailsluice_relay.config import Queue, Upstream, UpstreamLimits
 from mailsluice_relay.config import Retry as RetrySettings
-from mailsluice_relay.delivery.breaker import TOLERANCE, Breaker
+from mailsluice_relay.delivery.breaker import FIRST_PROBE, TOLERANCE, Breaker
 from mailsluice_relay.delivery.fair import FairQueue
 from mailsluice_relay.delivery.outcome import Failed, FailureClass, Retry, Stage, classify, session_fault
 from mailsluice_relay.delivery.pace import LONGEST_PAUSE, Pace
@@ -277,6 +277,15 @@ def test_the_days_allowance_begins_anew_at_midnight() -> None:
 
 
 # --- breaker ---
+def test_sessions_that_fail_together_count_as_one_look() -> None:
+    breaker = Breaker(lambda: 0.5)
+    for _ in range(10):
+        breaker.failed(0.0, FailureClass.CONNECTION, "refused")
+    assert breaker.probe_at == FIRST_PROBE
+    breaker.failed(breaker.probe_at, FailureClass.CONNECTION, "refused")
+    assert breaker.probe_at == FIRST_PROBE + 2 * FIRST_PROBE
+
+
 def test_an_upstream_is_down_after_some_failures_and_at_once_where_time_heals_nothing() -> None:
     breaker = Breaker(lambda: 0.5)
     for _ in range(TOLERANCE - 1):
@@ -296,13 +305,15 @@ def test_probes_come_less_and_less_often_up_to_a_bound() -> None:
     breaker = Breaker(lambda: 0.5)
     waits = []
     for _ in range(12):
-        breaker.failed(0.0, FailureClass.TLS, "expired")
-        waits.append(breaker.probe_at)
+        now = breaker.probe_at
+        breaker.failed(now, FailureClass.TLS, "expired")
+        waits.append(breaker.probe_at - now)
     assert waits[:4] == [2.0, 4.0, 8.0, 16.0]
     assert waits[-1] == 300.0
     breaker.succeeded()
-    breaker.failed(0.0, FailureClass.TLS, "expired")
-    assert breaker.probe_at == 2.0
+    now = breaker.probe_at
+    breaker.failed(now, FailureClass.TLS, "expired")
+    assert breaker.probe_at - now == 2.0
 
 
 # --- turns ---
