@@ -351,6 +351,15 @@ def test_a_relay_that_passes_through_has_no_quota() -> None:
     assert (queue.mode, queue.maximum_bytes) == ("PassThrough", None)
 
 
+def test_direct_delivery_takes_tls_as_it_comes() -> None:
+    spec = {"hostname": "mail.example.test", "upstreams": [{"name": "internet", "type": "DirectToMX"}]}
+    (made,) = built(spec).configuration.upstreams
+    assert (made.type, made.host, made.port, made.tls) == ("DirectToMX", "", 25, "Opportunistic")
+    assert target_of(0, made, {}, hostname="mail.example.test").login is None
+    strict = {**spec, "upstreams": [{"name": "internet", "type": "DirectToMX", "tls": {"mode": "StartTLS"}}]}
+    assert built(strict).configuration.upstreams[0].tls == "StartTLS"
+
+
 # --- Suspicion --------------------------------------------------------------------------------------------------------
 
 

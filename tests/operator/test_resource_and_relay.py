@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -15,7 +16,7 @@ from ruamel.yaml import YAML
 
 from mailsluice_operator.children.configuration import Secret, build
 from mailsluice_operator.resource import cel
-from mailsluice_operator.resource.models import API_VERSION, relay_from
+from mailsluice_operator.resource.models import API_VERSION, SpamRules, relay_from
 from mailsluice_operator.resource.references import Purpose, secret_uses
 from mailsluice_operator.resource.schema import (
     ADDRESS_PATTERN,
@@ -31,6 +32,7 @@ from mailsluice_relay.config import login_key
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.policy.networks import Networks
 from mailsluice_relay.policy.ownership import Domains, rights
+from mailsluice_relay.suspicion.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
 CERTIFICATE = b"-----BEGIN CERTIFICATE-----\n"
@@ -91,6 +93,14 @@ def test_every_network_is_one_to_the_relay(address: Any, prefix: int) -> None:
         Networks([text], "authentication.allowedNetworks")
 
 
+def test_the_resource_has_every_rule_with_the_defaults_that_the_relay_has() -> None:
+    names = {field.encode_name: field.name for field in msgspec.structs.fields(SpamRules)}
+    assert set(names) == set(RULES)
+    plain = relay_from({"metadata": {"name": "out"}, "spec": {"upstreams": [{"name": "up", "host": "up.test"}]}})
+    made = build(plain, secrets={}, server=SERVER).configuration.spam.rules
+    assert made == {name: rule.defaults for name, rule in RULES.items()}
+
+
 def right_relays() -> list[Any]:
     """The relays of the examples and of the table of right resources that this release can run."""
     rows = YAML(typ="safe").load(Path(__file__).parent / "resources/valid.yaml")
@@ -103,9 +113,7 @@ def right_relays() -> list[Any]:
         for document in YAML(typ="safe").load_all(path):
             if document["kind"] == "SmtpRelay":
                 specs[f"{path.stem}-{document['metadata']['name']}"] = document["spec"]
-    # Not there yet, and nothing else to deliver by.
-    left_out = {"providers-direct"}
-    return [pytest.param(spec, id=name) for name, spec in specs.items() if name not in left_out]
+    return [pytest.param(spec, id=name) for name, spec in specs.items()]
 
 
 @pytest.mark.parametrize("spec", right_relays())

@@ -152,9 +152,9 @@ def test_a_user_needs_a_relay_that_takes_users(check: Check) -> None:
 
 
 def test_what_this_release_does_not_do_is_a_warning(check: Check) -> None:
-    assert check(USERS, RELAY + "  monitoring: {rules: true}\n") == [
-        "relay.yaml:14: warning: SmtpRelay/outbound: spec.monitoring.rules: "
-        "no PrometheusRule is made yet; apply one of your own",
+    assert check(USERS, RELAY + "  tls: {issuerRef: {name: issuer}}\n") == [
+        "relay.yaml:14: warning: SmtpRelay/outbound: spec.tls.issuerRef: "
+        "no certificate is asked for yet; the operator's own authority makes it",
     ]
 
 

@@ -6,15 +6,24 @@ import asyncio
 import base64
 import hmac
 import itertools
+import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import dns.asyncresolver
+import dns.flags
+import dns.message
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
 import pytest
 import scramp
 import trustme
 
+from mailsluice_relay.delivery.mx import MailExchangers
 from mailsluice_relay.envelope import Envelope, Mailbox, Message, Recipient
 from mailsluice_relay.spool.content import ContentWriter
 
@@ -86,6 +95,7 @@ class ScriptedUpstream:
     greeting: str = "220 upstream.test ESMTP"
     segment: int = 0
     """How many octets of a reply are written at once; 0: all."""
+    address: str = "127.0.0.1"
     password: str | None = None
     mechanisms: str = "PLAIN LOGIN"
     tokens: set[str] = field(default_factory=set)
@@ -103,7 +113,7 @@ class ScriptedUpstream:
 
     async def start(self, port: int = 0) -> None:
         self._server = await asyncio.start_server(
-            self._session, "127.0.0.1", port or self.port, ssl=self.tls if self.implicit_tls else None
+            self._session, self.address, port or self.port, ssl=self.tls if self.implicit_tls else None
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -281,6 +291,56 @@ async def make_upstream() -> AsyncIterator[MakeUpstream]:
     yield make
     for upstream in started:
         await upstream.stop()
+
+
+class NameServer(asyncio.DatagramProtocol):
+    """Answers from a zone: `{("example.org", "MX"): ["10 mx.example.org."]}`; a name that is nowhere does not exist."""
+
+    def __init__(self, zone: dict[tuple[str, str], list[str]]) -> None:
+        self.zone = zone
+        self.failing: set[str] = set()
+        self.silent = False
+        self.asked: list[tuple[str, str]] = []
+        self._transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        query = dns.message.from_wire(data)
+        question = query.question[0]
+        name, kind = question.name.to_text(omit_final_dot=True).lower(), dns.rdatatype.to_text(question.rdtype)
+        self.asked.append((name, kind))
+        if self.silent:
+            return
+        answer = dns.message.make_response(query)
+        answer.flags |= dns.flags.RA
+        if name in self.failing:
+            answer.set_rcode(dns.rcode.SERVFAIL)
+        elif records := self.zone.get((name, kind)):
+            answer.answer.append(dns.rrset.from_text_list(question.name, 300, "IN", kind, records))
+        elif not any(known == name for known, _ in self.zone):
+            answer.set_rcode(dns.rcode.NXDOMAIN)
+        self._transport.sendto(answer.to_wire(), address)
+
+    def exchangers(self, **settings: Any) -> MailExchangers:
+        """What asks this server, and nobody else."""
+        resolver = dns.asyncresolver.Resolver(configure=False)
+        resolver.nameservers = ["127.0.0.1"]
+        resolver.port = self._transport.get_extra_info("sockname")[1]
+        resolver.timeout = 0.2
+        return MailExchangers(resolver, **{"random": random.Random(1).random, "allows": lambda _: True, **settings})
+
+
+@pytest.fixture
+async def names() -> AsyncIterator[NameServer]:
+    """A DNS server: `names.zone = {("example.org", "MX"): ["10 mx.example.org."]}`."""
+    server = NameServer({})
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: server, local_addr=("127.0.0.1", 0)
+    )
+    yield server
+    transport.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import msgspec
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.resource import models
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, bound_port
-from mailsluice_operator.resource.not_yet import left_out, not_yet
+from mailsluice_operator.resource.not_yet import not_yet
 from mailsluice_operator.resource.presets import OAUTH_MECHANISMS, PRESETS
 from mailsluice_operator.resource.quantities import octets, seconds
 from mailsluice_operator.resource.references import (
@@ -30,7 +30,7 @@ from mailsluice_operator.resource.references import (
     wrong_content,
 )
 from mailsluice_relay import config
-from mailsluice_relay.config import IMPLEMENTED_SPAM_RULES, Configuration, QueueMode, UpstreamTLSMode, UpstreamType
+from mailsluice_relay.config import Configuration, QueueMode, UpstreamTLSMode, UpstreamType
 
 REVISION_LENGTH: Final = 16
 """Hexadecimal digits of a revision: 64 bits tell the revisions of one relay apart, and fit a label."""
@@ -98,10 +98,6 @@ def build(
     uses = secret_uses(relay)
     if facts := [*_wrong_secrets(relay, uses, secrets)]:
         raise Unusable(facts)
-    upstreams = [upstream for upstream in relay.spec.upstreams if left_out(upstream) is None]
-    degraded = tuple(_not_effective(relay))
-    if not upstreams:
-        raise Unusable(degraded)
     own = _own_users(relay, uses, secrets, hash_password)
     files = _files(relay, uses, secrets, server)
     spec = relay.spec
@@ -133,7 +129,8 @@ def build(
         rate_limit_store=_rate_limit_store(spec.rate_limit_store),
         spam=_spam(spec.spam),
         upstreams=tuple(
-            _upstream(upstream, max(replicas, 1), has_grant=_has_grant(upstream, secrets)) for upstream in upstreams
+            _upstream(upstream, max(replicas, 1), has_grant=_has_grant(upstream, secrets))
+            for upstream in spec.upstreams
         ),
         queue=_queue(spec.queue, volume),
         bounces=config.Bounces(address=spec.bounces.address),
@@ -156,7 +153,9 @@ def build(
         replicas=max(replicas, 1),
         drain_from_ordinal=drain_from_ordinal,
     )
-    return Built(msgspec.structs.replace(configuration, revision=_revision(configuration)), files, degraded)
+    return Built(
+        msgspec.structs.replace(configuration, revision=_revision(configuration)), files, tuple(_not_effective(relay))
+    )
 
 
 def hostname(relay: SmtpRelay) -> str:
@@ -299,16 +298,12 @@ def _rate_limit_store(store: models.RateLimitStore | None) -> config.RateLimitSt
 def _spam(spam: models.Spam) -> config.Spam:
     rules: dict[str, config.SpamRule] = {}
     for field in msgspec.structs.fields(models.SpamRules):
-        if field.encode_name not in IMPLEMENTED_SPAM_RULES:
-            continue
         settings = getattr(spam.rules, field.name) or models.DEFAULT_SPAM_RULES[field.name]
-        window = getattr(settings, "window", None)
+        given = msgspec.structs.asdict(settings)
+        if "window" in given:
+            given["window"] = seconds(given["window"])
         # Those of score 0 as well: the relay takes an empty table for all rules at their defaults.
-        rules[field.encode_name] = config.SpamRule(
-            score=settings.score,
-            limit=getattr(settings, "limit", None),
-            window=seconds(window) if window is not None else None,
-        )
+        rules[field.encode_name] = config.SpamRule(**given)
     return config.Spam(
         suspect_at=spam.suspect_at,
         hold_at=spam.hold_at,
@@ -355,7 +350,7 @@ def _has_grant(upstream: models.Upstream, secrets: Mapping[str, Secret]) -> bool
 def _upstream(upstream: models.Upstream, replicas: int, *, has_grant: bool) -> config.Upstream:
     preset = PRESETS.get(upstream.preset) if upstream.preset is not None else None
     host = preset.host_of(upstream.region) if preset is not None else upstream.host
-    mode = upstream.tls.mode or (preset.tls if preset is not None else UpstreamTLSMode.START_TLS)
+    mode = upstream.tls.mode or _default_tls(upstream)
     credentials = upstream.credentials_secret_ref
     limits, match = upstream.limits, upstream.match
     of_any_server = OAUTH_MECHANISMS if has_grant else config.Upstream(name="default").mechanisms
@@ -380,6 +375,13 @@ def _upstream(upstream: models.Upstream, replicas: int, *, has_grant: bool) -> c
             messages_per_day=max(limits.messages_per_day // replicas, 1) if limits.messages_per_day else None,
         ),
     )
+
+
+def _default_tls(upstream: models.Upstream) -> UpstreamTLSMode:
+    if upstream.type is UpstreamType.DIRECT_TO_MX:
+        # Other people's servers: half of the world has certificates that nobody can verify (RFC 7435).
+        return UpstreamTLSMode.OPPORTUNISTIC
+    return PRESETS[upstream.preset].tls if upstream.preset is not None else UpstreamTLSMode.START_TLS
 
 
 def _default_port(upstream: models.Upstream, mode: UpstreamTLSMode) -> int:

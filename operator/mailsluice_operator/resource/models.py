@@ -615,7 +615,8 @@ class UpstreamTLS(Struct, frozen=True, kw_only=True):
 
     mode: UpstreamTLSMode | None = None
     """StartTLS: TLS after STARTTLS, with a verified certificate, or no mail. ImplicitTLS: the same from the first
-    octet. Opportunistic: TLS if offered, unverified. Plain: none. Default: the preset's, else StartTLS."""
+    octet. Opportunistic: TLS if offered, unverified. Plain: none. Default: the preset's, with DirectToMX Opportunistic,
+    else StartTLS."""
     ca_secret_ref: SecretKeyReference | None = None
     """Authorities to trust; key ca.crt if not given. Default: the public ones."""
 

@@ -96,7 +96,7 @@ async def _connect(target: Target, timeouts: Timeouts, tokens: Tokens | None, *,
         async with asyncio.timeout(timeouts.connect):
             _, connection = await loop.create_connection(
                 lambda: Connection(target.name, timeouts),
-                target.host,
+                target.address or target.host,
                 target.port,
                 ssl=target.context if implicit else None,
                 server_hostname=target.host if implicit else None,

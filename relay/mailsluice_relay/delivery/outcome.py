@@ -65,6 +65,8 @@ class Delivered:
     reply: Reply
     notifies: bool = False
     """The upstream was told what the sender wants to be notified of (RFC 3461 section 5.2.1), and answers for it."""
+    host: str = ""
+    """Who answered, where that is not the upstream's own host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Retry:
     text: str
     """For people: the reply, or the fault."""
     reply: Reply | None = None
+    host: str = ""
 
     @property
     def is_upstream_problem(self) -> bool:
@@ -88,9 +91,16 @@ class Failed:
     status: str
     """Enhanced status code, 5.x.x."""
     reply: Reply | None = None
+    host: str = ""
 
 
 Outcome = Delivered | Retry | Failed
+
+
+def should_fail_over(outcome: Retry) -> bool:
+    """Not where the upstream may have taken the mail already: another one would make the duplicate certain."""
+    maybe_taken = outcome.stage is Stage.END_OF_DATA and outcome.reply is None
+    return outcome.is_upstream_problem and not maybe_taken
 
 
 class Fault(Exception):  # noqa: N818 - the peers' word (RFC 5321 says failure for the mail's)

@@ -20,6 +20,7 @@ from mailsluice_relay.delivery.oauth import Grant, Tokens
 from mailsluice_relay.delivery.outcome import Delivered, FailureClass, Fault, Outcome, Retry, Stage
 from mailsluice_relay.delivery.pace import Pace
 from mailsluice_relay.delivery.target import Target
+from mailsluice_relay.envelope import Mailbox
 
 IDLE_TIMEOUT: Final = 30.0
 """Seconds that an unused connection is kept; most providers close theirs after one to five minutes."""
@@ -136,8 +137,15 @@ class Pool:
         self._learn(outcomes)
         return outcomes
 
-    async def lease(self) -> Connection:
-        """A connection for a transaction that somebody else drives; `end_lease` gives it back. Raises Fault."""
+    def route_of(self, recipient: Mailbox) -> str:
+        """Recipients of one route can share a transaction: here, all."""
+        return ""
+
+    async def lease(self, recipient: Mailbox) -> Connection:
+        """A connection for a transaction that somebody else drives; `end_lease` gives it back. Raises Fault.
+
+        `recipient` is its first, which decides nothing where there is one server for all.
+        """
         try:
             async with asyncio.timeout(PATIENCE):
                 await self._slots.acquire()

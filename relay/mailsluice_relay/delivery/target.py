@@ -41,6 +41,8 @@ class Target:
     tls: UpstreamTLSMode
     hostname: str
     """What we say in EHLO."""
+    address: str | None = None
+    """Where to connect to; None: where the system's resolver finds `host`."""
     context: ssl.SSLContext | None = None
     login: Login | Grant | None = None
     mechanisms: tuple[str, ...] = tuple(WITH_PASSWORD)
@@ -50,11 +52,7 @@ class Target:
 def target_of(index: int, upstream: Upstream, credentials: Credentials, *, hostname: str) -> Target:
     """Raises ConfigurationError, which names `upstreams[index]`."""
     field = f"upstreams[{index}]"
-    if upstream.type is UpstreamType.DIRECT_TO_MX:
-        raise ConfigurationError(
-            f"{field}.type: DirectToMX ({upstream.name}) is not in this release; name a provider's host or preset"
-        )
-    if not upstream.host:
+    if not upstream.host and upstream.type is not UpstreamType.DIRECT_TO_MX:
         raise ConfigurationError(f"{field}.host: {upstream.name} has no host; name the provider's server")
     login = _credentials(field, upstream, credentials)
     known = WITH_TOKEN if isinstance(login, Grant) else WITH_PASSWORD

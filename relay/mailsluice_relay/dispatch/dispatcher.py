@@ -21,9 +21,11 @@ import structlog
 
 from mailsluice_relay.config import Configuration, Credentials, Queue, QueueMode
 from mailsluice_relay.delivery.client import Timeouts
+from mailsluice_relay.delivery.mx import MailExchangers
 from mailsluice_relay.delivery.outcome import Delivered
 from mailsluice_relay.delivery.pool import Clocks, UpstreamState
 from mailsluice_relay.dispatch.conclusion import Conclusion, Result, conclude
+from mailsluice_relay.dispatch.feedback import OnSettled, tally
 from mailsluice_relay.dispatch.lane import Item, Lane
 from mailsluice_relay.dispatch.passage import Passage
 from mailsluice_relay.dispatch.upstreams import Upstreams, mailbox_of
@@ -86,7 +88,9 @@ class Dispatcher:
         monotonic: Callable[[], float],
         random: Randomness,
         ordinal: int | None = None,
+        on_settled: OnSettled | None = None,
         timeouts: Timeouts | None = None,
+        exchangers: MailExchangers | None = None,
     ) -> None:
         """`ordinal` is the pod's, for `drain_from_ordinal`. Raises ConfigurationError."""
         self._configuration = configuration
@@ -94,10 +98,13 @@ class Dispatcher:
         self._delivery_seconds = functools.cache(metrics.delivery_seconds.labels)
         self._clocks = Clocks(now, monotonic, random.random)
         self._ordinal = ordinal
+        self._on_settled = on_settled
         self._new_queue_id = QueueIds(now, random.getrandbits)
         targets = Upstreams.prepare(configuration, credentials)
         self._signer = Signer(configuration, credentials)
-        self._upstreams = Upstreams(clocks=self._clocks, metrics=metrics, on_up=self._look, timeouts=timeouts)
+        self._upstreams = Upstreams(
+            clocks=self._clocks, metrics=metrics, on_up=self._look, timeouts=timeouts, exchangers=exchangers
+        )
         self._upstreams.apply(configuration, credentials, targets)
         self._lanes = {name: Lane(slots) for name, slots in self._upstreams.slots.items()}
         self._spool = Spool(directory, _quota(configuration))
@@ -483,6 +490,8 @@ class Dispatcher:
     def _count(self, entry: Entry, results: Mapping[int, Result], conclusion: Conclusion, now: float) -> None:
         for bounce in conclusion.bounces:
             self._metrics.bounces.labels(bounce).inc()
+        if self._on_settled is not None and entry.login is not None:
+            self._on_settled(entry.login, *tally(result.outcome for result in results.values()))
         for position, result in results.items():
             outcome = result.outcome
             if isinstance(outcome, Delivered) and result.upstream is not None:

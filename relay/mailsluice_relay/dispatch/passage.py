@@ -13,10 +13,21 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from mailsluice_relay import reply
-from mailsluice_relay.delivery.outcome import Delivered, Failed, FailureClass, Fault, Outcome, Retry, Stage
+from mailsluice_relay.delivery.direct import Direct
+from mailsluice_relay.delivery.mx import UndeliverableError
+from mailsluice_relay.delivery.outcome import (
+    Delivered,
+    Failed,
+    FailureClass,
+    Fault,
+    Outcome,
+    Retry,
+    Stage,
+    should_fail_over,
+)
 from mailsluice_relay.delivery.pool import Pool
 from mailsluice_relay.delivery.stepwise import Refusal, StepwiseTransaction
-from mailsluice_relay.dispatch.upstreams import Upstreams, should_fail_over
+from mailsluice_relay.dispatch.upstreams import Upstreams
 from mailsluice_relay.envelope import Envelope, Mailbox, Message, Recipient
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.reply import Reason, Reply, Verdict
@@ -48,7 +59,9 @@ class Passage:
         self._sign = sign
         self._redirect_to = redirect_to
         self._name = ""
-        self._pool: Pool | None = None
+        self._route = ""
+        """The domain, where each has servers of its own (`DirectToMX`)."""
+        self._pool: Pool | Direct | None = None
         self._transaction: StepwiseTransaction | None = None
         self._tried: set[str] = set()
         self._taken: list[Recipient] = []
@@ -108,9 +121,15 @@ class Passage:
             name = self._upstreams.next_upstream(self._envelope.sender, recipient.mailbox, self._tried, preferred)
             if not isinstance(name, str):
                 return _UNAVAILABLE
-            if name != self._name and self._taken:
+            pool = self._upstreams.pool(name)
+            route = pool.route_of(recipient.mailbox) if pool is not None else ""
+            is_same = self._transaction is not None and (name, route) == (self._name, self._route)
+            if self._taken and not is_same:
                 return _OTHER_ROUTE
-            refusal = await self._ask(name, recipient)
+            if not is_same:
+                self.close()
+                self._name, self._route = name, route
+            refusal = await self._ask(pool, recipient)
             if refusal is None:
                 return None
             self._metrics.delivery_attempts.labels(name, _word(refusal)).inc()
@@ -123,26 +142,29 @@ class Passage:
                 self._is_broken = True
                 return refusal
 
-    async def _ask(self, name: str, recipient: Recipient) -> Refusal | None:
+    async def _ask(self, pool: Pool | Direct | None, recipient: Recipient) -> Refusal | None:
         transaction = self._transaction
-        if transaction is None or name != self._name:
-            self.close()
+        if transaction is None:
             try:
-                opened = await self._open(name)
+                opened = await self._open(pool, recipient)
             except Fault as fault:
                 return fault.retry
+            except UndeliverableError as error:
+                return error.outcome
             if not isinstance(opened, StepwiseTransaction):
                 return opened
             transaction = opened
         return await transaction.add(recipient)
 
-    async def _open(self, name: str) -> StepwiseTransaction | Refusal:
-        """MAIL, on a connection of the pool's; again where one had been closed while nobody used it. Raises Fault."""
-        pool = self._upstreams.pool(name)
+    async def _open(self, pool: Pool | Direct | None, recipient: Recipient) -> StepwiseTransaction | Refusal:
+        """MAIL, on a connection of the pool's; again where one had been closed while nobody used it.
+
+        Raises Fault and UndeliverableError.
+        """
         if pool is None:
             raise Fault(FailureClass.UNAVAILABLE, Stage.CONNECT, "just configured away")
         while True:
-            connection = await pool.lease()
+            connection = await pool.lease(recipient.mailbox)
             transaction = StepwiseTransaction(connection, self._envelope)
             try:
                 refusal = await transaction.open()
@@ -150,7 +172,7 @@ class Passage:
                 pool.end_lease(connection, [])
                 raise
             if refusal is None:
-                self._name, self._pool, self._transaction = name, pool, transaction
+                self._pool, self._transaction = pool, transaction
                 return transaction
             is_stale = connection.transactions > 1 and not connection.is_usable
             pool.end_lease(connection, [] if is_stale else [refusal])

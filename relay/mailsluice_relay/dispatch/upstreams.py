@@ -11,9 +11,18 @@ from typing import Any, Final
 
 import structlog
 
-from mailsluice_relay.config import Configuration, ConfigurationError, Credentials, QueueMode, Upstream
+from mailsluice_relay.config import (
+    Configuration,
+    ConfigurationError,
+    Credentials,
+    QueueMode,
+    Upstream,
+    UpstreamType,
+)
 from mailsluice_relay.delivery.client import Mail, Timeouts
-from mailsluice_relay.delivery.outcome import Failed, FailureClass, Outcome, Retry, Stage
+from mailsluice_relay.delivery.direct import Direct
+from mailsluice_relay.delivery.mx import MailExchangers, system_resolver
+from mailsluice_relay.delivery.outcome import Failed, FailureClass, Outcome, Retry, Stage, should_fail_over
 from mailsluice_relay.delivery.pool import Clocks, Pool, UpstreamState
 from mailsluice_relay.delivery.route import candidates, choose
 from mailsluice_relay.delivery.target import Target, target_of
@@ -33,15 +42,22 @@ log = structlog.get_logger("mailsluice.dispatch")
 
 class Upstreams:
     def __init__(
-        self, *, clocks: Clocks, metrics: Metrics, on_up: Callable[[], None], timeouts: Timeouts | None = None
+        self,
+        *,
+        clocks: Clocks,
+        metrics: Metrics,
+        on_up: Callable[[], None],
+        timeouts: Timeouts | None = None,
+        exchangers: MailExchangers | None = None,
     ) -> None:
         self._clocks = clocks
         self._metrics = metrics
         self._attempts = functools.cache(metrics.delivery_attempts.labels)
         self._on_up = on_up
         self._timeouts = timeouts
+        self._exchangers = exchangers or MailExchangers(system_resolver(), random=clocks.random)
         self._ordered: tuple[Upstream, ...] = ()
-        self._pools: dict[str, Pool] = {}
+        self._pools: dict[str, Pool | Direct] = {}
         self._recipes: dict[str, object] = {}
         self._bounce_address: Mailbox | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,14 +89,7 @@ class Upstreams:
             if recipes.get(name) == recipe:
                 self._pools[name] = before.pop(name)
                 continue
-            self._pools[name] = pool = Pool(
-                targets[name],
-                upstream.limits,
-                clocks=self._clocks,
-                on_up=self._on_up,
-                on_throttled=self._metrics.upstream_throttled.labels(name).inc,
-                timeouts=self._timeouts,
-            )
+            self._pools[name] = pool = self._new_pool(upstream, targets[name])
             self._observe(name, pool)
         for name, pool in before.items():
             self._spawn(pool.close())
@@ -90,7 +99,27 @@ class Upstreams:
         self._ordered = configuration.upstreams
         self._bounce_address = mailbox_of(configuration.bounces.address)
 
-    def _observe(self, name: str, pool: Pool) -> None:
+    def _new_pool(self, upstream: Upstream, target: Target) -> Pool | Direct:
+        on_throttled = self._metrics.upstream_throttled.labels(upstream.name).inc
+        if upstream.type is UpstreamType.DIRECT_TO_MX:
+            return Direct(
+                target,
+                upstream.limits,
+                exchangers=self._exchangers,
+                clocks=self._clocks,
+                on_throttled=on_throttled,
+                timeouts=self._timeouts,
+            )
+        return Pool(
+            target,
+            upstream.limits,
+            clocks=self._clocks,
+            on_up=self._on_up,
+            on_throttled=on_throttled,
+            timeouts=self._timeouts,
+        )
+
+    def _observe(self, name: str, pool: Pool | Direct) -> None:
         self._metrics.upstream_up.labels(name).set_function(lambda: float(pool.is_up))
         self._metrics.upstream_connections.labels(name).set_function(lambda: float(pool.connections))
 
@@ -135,7 +164,7 @@ class Upstreams:
             chosen = ordered[0] if ordered else self._ordered[0]
         return chosen.name
 
-    def pool(self, name: str) -> Pool | None:
+    def pool(self, name: str) -> Pool | Direct | None:
         """None: a new configuration has no such upstream any more."""
         return self._pools.get(name)
 
@@ -207,7 +236,7 @@ class Upstreams:
             if _is_overflow(outcome) and has_progress:
                 once_more.append(position)
                 continue
-            results[position] = Result(outcome, name, pool.target.host)
+            results[position] = Result(outcome, name, outcome.host or pool.target.host)
             if isinstance(outcome, Retry):
                 self._attempts(name, "deferred").inc()
                 if should_fail_over(outcome):
@@ -217,7 +246,9 @@ class Upstreams:
                 self._attempts(name, "failed" if isinstance(outcome, Failed) else "delivered").inc()
         return once_more
 
-    async def _send(self, pool: Pool, entry: Entry, content: Content, positions: Sequence[int]) -> list[Outcome]:
+    async def _send(
+        self, pool: Pool | Direct, entry: Entry, content: Content, positions: Sequence[int]
+    ) -> list[Outcome]:
         envelope = entry.envelope
         recipients = [envelope.recipients[position] for position in positions]
 
@@ -259,10 +290,4 @@ def _is_overflow(outcome: Outcome) -> bool:
     return isinstance(outcome, Retry) and outcome.failure is FailureClass.RECIPIENTS
 
 
-def should_fail_over(outcome: Retry) -> bool:
-    """Not where the upstream may have taken the mail already: another one would make the duplicate certain."""
-    maybe_taken = outcome.stage is Stage.END_OF_DATA and outcome.reply is None
-    return outcome.is_upstream_problem and not maybe_taken
-
-
-__all__ = ["Upstreams", "mailbox_of", "should_fail_over"]
+__all__ = ["Upstreams", "mailbox_of"]

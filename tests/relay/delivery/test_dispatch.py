@@ -439,6 +439,26 @@ async def test_a_bounce_says_who_why_and_what_to_do(start: Any, make_upstream: A
     assert b"Hello." not in bounce.text
 
 
+async def test_what_came_of_a_logins_recipients_is_told(
+    start: Any, make_upstream: Any, message: Any, until: Any
+) -> None:
+    """Once they are settled: unknown ones apart, and none that is refused for another reason or tried again."""
+    answers = {
+        "RCPT TO:<none@": "550 5.1.1 no such user",
+        "RCPT TO:<old@": "550 no such user here",  # without a code of its own
+        "RCPT TO:<full@": "552 5.2.2 mailbox full",
+        "RCPT TO:<sender@": "550 5.1.8 your domain does not exist",
+        "RCPT TO:<later@": "450 4.1.1 greylisted",
+    }
+    server = await make_upstream(answers=answers)
+    told: list[tuple[str, int, int]] = []
+    async with start(configured(upstream_of(server)), on_settled=lambda *settled: told.append(settled)) as relay:
+        to = tuple(f"{name}@example.org" for name in ("bob", "none", "old", "full", "sender", "later"))
+        await relay.dispatcher.submit(message(to=to, login="ann@example.test"))
+        await until(lambda: told)
+        assert told == [("ann@example.test", 5, 2)]
+
+
 async def test_notify_never_is_respected(start: Any, make_upstream: Any, message: Any, until: Any) -> None:
     server = await make_upstream(answers={"RCPT": "550 5.1.1 no"})
     async with start(configured(upstream_of(server))) as relay:
@@ -657,6 +677,54 @@ async def test_what_waits_in_memory_can_be_held_and_removed(
     assert len(server.received) == 1
 
 
+# --- by MX records ---
+def internet(port: int, **fields: Any) -> config.Upstream:
+    return config.Upstream(
+        name="internet",
+        type=config.UpstreamType.DIRECT_TO_MX,
+        port=port,
+        tls=config.UpstreamTLSMode.OPPORTUNISTIC,
+        **fields,
+    )
+
+
+async def test_mail_goes_to_the_servers_of_its_recipients_and_a_bounce_names_the_one_that_refused(
+    start: Any, make_upstream: Any, message: Any, until: Any, names: Any
+) -> None:
+    one = await make_upstream()
+    await make_upstream(address="127.0.0.2", port=one.port, answers={"RCPT TO:<no@": "550 5.1.1 unknown"})
+    names.zone = {
+        ("one.test", "A"): ["127.0.0.1"],
+        ("two.test", "MX"): ["10 mx.two.test."],
+        ("mx.two.test", "A"): ["127.0.0.2"],
+        ("example.test", "A"): ["127.0.0.1"],
+    }
+    async with start(configured(internet(one.port)), exchangers=names.exchangers()) as relay:
+        await relay.dispatcher.submit(message(to=("a@one.test", "no@two.test", "b@null.test")))
+        await until(lambda: len(one.received) == 2)
+        await until(lambda: relay.is_empty)
+    mail, bounce = one.received
+    assert mail.recipients == ["RCPT TO:<a@one.test>"]
+    _, words, fields = report_of(bounce.text)
+    assert [(item["Status"], item["Remote-MTA"]) for item in fields] == [
+        ("5.1.1", "dns; mx.two.test"),
+        ("5.1.2", None),
+    ]
+    assert "there is no such domain" in words
+
+
+async def test_what_the_internet_cannot_reach_goes_through_the_smarthost(
+    start: Any, make_upstream: Any, message: Any, until: Any, names: Any
+) -> None:
+    smarthost = await make_upstream()
+    names.zone = {("down.test", "A"): ["127.0.0.9"]}
+    upstreams = (internet(smarthost.port, priority=5), upstream_of(smarthost, "smarthost"))
+    async with start(configured(*upstreams), exchangers=names.exchangers()) as relay:
+        await relay.dispatcher.submit(message(to=("a@down.test",)))
+        await until(lambda: smarthost.received)
+        await until(lambda: relay.is_empty)
+
+
 # --- signed ---
 KEY = rsa.generate_private_key(65537, 2048)
 SIGNING = {
@@ -723,7 +791,6 @@ async def test_mail_of_another_domain_goes_as_it_is(start: Any, make_upstream: A
 def test_what_this_release_does_not_do_is_refused_by_name(tmp_path: Path, clock: Clock) -> None:
     good = config.Upstream(name="a", host="a.test")
     cases = [
-        (configured(good, config.Upstream(name="mx", type=config.UpstreamType.DIRECT_TO_MX)), r"upstreams\[1\]\.type"),
         (configured(config.Upstream(name="a")), r"upstreams\[0\]\.host"),
         (configured(good, good), r"upstreams\[1\]\.name"),
         (configured(config.Upstream(name="a", host="a", credentials="c")), r"c\.username is missing"),

@@ -58,7 +58,9 @@ class Client:
 class Chain:
     """A relay that passes through."""
 
-    def __init__(self, configuration: Configuration, credentials: config.Credentials, directory: Path) -> None:
+    def __init__(
+        self, configuration: Configuration, credentials: config.Credentials, directory: Path, exchangers: Any
+    ) -> None:
         self.metrics = Metrics()
         clocks: dict[str, Any] = {"now": time.time, "monotonic": time.monotonic}
         self.directory = directory
@@ -69,6 +71,7 @@ class Chain:
             metrics=self.metrics,
             random=random.Random(1),
             timeouts=SHORT,
+            exchangers=exchangers,
             **clocks,
         )
         self.admission = Admission(configuration, metrics=self.metrics, **clocks)
@@ -108,14 +111,15 @@ StartChain = Callable[..., Any]
 @pytest.fixture
 def start(configuration: Configuration, credentials: config.Credentials, tmp_path: Path) -> StartChain:
     @asynccontextmanager
-    async def started(*upstreams: Upstream, **changes: Any) -> AsyncIterator[Chain]:
+    async def started(*upstreams: Upstream, exchangers: Any = None, **changes: Any) -> AsyncIterator[Chain]:
         settings = {
             "queue": Queue(mode=QueueMode.PASS_THROUGH),
             "limits": config.Limits(message_size=30_000_000),
             "upstreams": upstreams,
             **changes,
         }
-        chain = Chain(msgspec.structs.replace(configuration, **settings), credentials, tmp_path / "data")
+        wanted = msgspec.structs.replace(configuration, **settings)
+        chain = Chain(wanted, credentials, tmp_path / "data", exchangers)
         await chain.dispatcher.start()
         await chain.listeners.start()
         try:
@@ -304,6 +308,33 @@ async def test_staging_sends_everything_to_one_address_once(start: StartChain, m
         replies = await client.send("a@example.org", "b@example.org")
         assert [reply[:3] for reply in replies] == ["250", "250", "250"]
     assert server.received[0].recipients == ["RCPT TO:<stage@example.test>"]
+
+
+async def test_by_mx_records_each_domain_is_a_route_of_its_own(
+    start: StartChain, make_upstream: Any, names: Any
+) -> None:
+    one = await make_upstream()
+    two = await make_upstream(address="127.0.0.2", port=one.port)
+    names.zone = {("one.test", "A"): ["127.0.0.1"], ("two.test", "A"): ["127.0.0.2"], ("null.test", "MX"): ["0 ."]}
+    internet = Upstream(
+        name="internet",
+        type=config.UpstreamType.DIRECT_TO_MX,
+        port=one.port,
+        tls=UpstreamTLSMode.OPPORTUNISTIC,
+    )
+    async with start(internet, exchangers=names.exchangers()) as chain:
+        client = await chain.client()
+        replies = await client.send("x@null.test", "a@one.test", "b@two.test", "c@one.test")
+        assert [reply[:10].rstrip() for reply in replies] == [
+            "550 5.1.10",
+            "250 2.1.5",
+            "452 4.5.3",
+            "250 2.1.5",
+            "250 2.0.0",
+        ]
+        assert (await client.send("b@two.test"))[-1].startswith("250")
+    assert one.received[0].recipients == ["RCPT TO:<a@one.test>", "RCPT TO:<c@one.test>"]
+    assert two.received[0].recipients == ["RCPT TO:<b@two.test>"]
 
 
 # --- given up ---------------------------------------------------------------------------------------------------------
