@@ -244,6 +244,15 @@ class Admission:
         return _Policy(configuration, credentials, key=self._key, monotonic=self._monotonic, before=before)
 
     @property
+    def spam_rules(self) -> tuple[str, ...]:
+        """The rules in force, by name."""
+        return self._policy.judge.rules
+
+    def learn(self, login: str, settled: int, unknown: int) -> None:
+        """What came of recipients of a login: how many are settled, and how many of those do not exist."""
+        self._policy.judge.learn(self._history.of(login_key(login)), settled, unknown, self._monotonic())
+
+    @property
     def engine_states(self) -> Mapping[str, EngineState]:
         """How each spam engine is, by its name."""
         return self._policy.panel.states

@@ -78,6 +78,7 @@ class Application:
             monotonic=time.monotonic,
             random=random.SystemRandom(),
             ordinal=ordinal(socket.gethostname()),
+            on_settled=self.admission.learn,
         )
         self.listeners = Listeners(
             loaded.configuration,
@@ -166,7 +167,7 @@ class Application:
         self.configuration = configuration
         self.health.revision = configuration.revision
         self.health.configuration_error = ""
-        self.metrics.configure(configuration, self.listeners.certificate_expiry())
+        self.metrics.configure(configuration, self.listeners.certificate_expiry(), self.admission.spam_rules)
         self.metrics.configuration_reload_success.set(1)
 
     def _refuse(self, error: ConfigurationError) -> None:

@@ -35,21 +35,6 @@ MAXIMUM_DECODED_SIZE: Final = 64 * 1024 * 1024
 """Octets after decompression; a configuration of 10,000 users takes about 3 MB."""
 
 
-IMPLEMENTED_SPAM_RULES: Final = frozenset(
-    {
-        "executableAttachment",
-        "forgedHeaderFrom",
-        "linkShortener",
-        "newNetworks",
-        "recipientBurst",
-        "sameBodyFanOut",
-    }
-)
-"""Names in `Spam.rules` that the relay acts on: the table in `suspicion.rules`, held equal by a test."""
-
-UNIMPLEMENTED_SPAM_RULES: Final = frozenset({"unknownRecipients", "volumeAnomaly"})
-"""Names that the resource accepts and this release does not act on, so that the operator can say so."""
-
 OAUTH_KEYS: Final = (
     "grant",
     "user",
@@ -264,6 +249,7 @@ class Recipients(Struct, frozen=True, kw_only=True):
 
 class SpamRule(Struct, frozen=True, kw_only=True):
     """Settings of one rule of `suspicion.rules`; which of the optional ones a rule reads stands there.
+    None: its default there.
 
     A score of 0 switches the rule off.
     """

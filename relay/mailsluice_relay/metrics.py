@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from mailsluice_relay.config import IMPLEMENTED_SPAM_RULES, Configuration
+from mailsluice_relay.config import Configuration
 from mailsluice_relay.reply import SUSPICION_REASONS, Reason, Result
 
 SIZES = tuple(1024.0 * 4**step for step in range(8))
@@ -140,10 +140,12 @@ class Metrics:
                 self.authentications.labels(mechanism, "failure", reason)
             self.authentications.labels(mechanism, "error", Reason.AUTHENTICATION_UNAVAILABLE)
 
-    def configure(self, configuration: Configuration, certificate_expiry: Mapping[str, float]) -> None:
+    def configure(
+        self, configuration: Configuration, certificate_expiry: Mapping[str, float], spam_rules: Iterable[str] = ()
+    ) -> None:
         """Make the series that this configuration names.
 
-        `certificate_expiry` maps a listener to seconds since the epoch.
+        `certificate_expiry` maps a listener to seconds since the epoch; `spam_rules` are those in force.
         """
         self.configuration_info.clear()
         self.configuration_info.labels(configuration.revision).set(1)
@@ -167,7 +169,7 @@ class Metrics:
             self.rate_limited.labels(limit.name)
         if any(user.rate_limits for user in configuration.authentication.users):
             self.rate_limited.labels(USER_LIMIT)
-        for rule in IMPLEMENTED_SPAM_RULES.intersection(configuration.spam.rules or IMPLEMENTED_SPAM_RULES):
+        for rule in spam_rules:
             self.spam_rule_hits.labels(rule)
         for engine in configuration.spam.engines:
             self.spam_engine_seconds.labels(engine.name)

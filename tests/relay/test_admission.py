@@ -587,3 +587,14 @@ async def test_ten_thousand_users_are_taken_at_once(world: Make) -> None:
     here = world(authentication=Authentication(users=users))
     login, _ = await here.login("u9999@example.test", "s3cret")
     assert login is not None
+
+
+async def test_a_login_whose_recipients_do_not_exist_is_suspected(world: Make) -> None:
+    w = world(spam=Spam(suspect_at=5.0, rules={"unknownRecipients": SpamRule(score=8)}))
+    w.admission.learn("BOB@example.test", 100, 100)
+    w.admission.learn("Ann@Example.Test", 60, 2)
+    assert not (await w.message(logged_in(), LETTER)).suspected
+    w.admission.learn("ann@example.test", 40, 30)
+    judgement = await w.message(logged_in(), LETTER)
+    assert judgement.suspected
+    assert judgement.reason is Reason.UNKNOWN_RECIPIENTS

@@ -1,8 +1,8 @@
 """The rules of suspicion: each one function, in one table with its reason and its default settings.
 
 A rule looks at one message and says what it observed, or None. Scores of all rules that hit are summed; three
-thresholds say what a sum means. A new rule is a function and a line in RULES, its name in
-`config.IMPLEMENTED_SPAM_RULES`, and a test.
+thresholds say what a sum means. A new rule is a function and a line in RULES, its reason in `reply`, its schema in the
+resource, and a test.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from mailsluice_relay.config import (
-    UNIMPLEMENTED_SPAM_RULES,
-    ConfigurationError,
-    Spam,
-    SpamRule,
-)
+import msgspec
+
+from mailsluice_relay.config import ConfigurationError, Spam, SpamRule
 from mailsluice_relay.envelope import Mailbox
 from mailsluice_relay.reply import Reason
 from mailsluice_relay.smtp.header import Author, Field
@@ -132,6 +129,32 @@ def same_body_fan_out(mail: Mail, settings: SpamRule) -> Observation | None:
     return _over(count.add(mail.recipients, window, mail.now), "recipients of one text", limit, window)
 
 
+def unknown_recipients(mail: Mail, settings: SpamRule) -> Observation | None:
+    """At least `percent` of the recipients within `window` do not exist, of at least `minimum`: a list that was bought.
+
+    What upstreams said of earlier mail; one that bounces later, by a message of its own, is not heard of.
+    """
+    window = settings.window or 0.0
+    settled = mail.behaviour.settled.add(0, window, mail.now)
+    unknown = mail.behaviour.unknown.add(0, window, mail.now)
+    minimum, percent = settings.minimum or 0, settings.percent or 0.0
+    if not unknown or settled < minimum or unknown * 100 < percent * settled:
+        return None
+    return Observation(f"{unknown} of {settled} recipients unknown", f"{percent:g} % of {minimum} in {window:g} s")
+
+
+_FEW: Final = 50
+
+
+def volume_anomaly(mail: Mail, settings: SpamRule) -> Observation | None:
+    """More recipients in this hour than in the busiest hour of an identity's usual day, by `deviations`."""
+    count = mail.behaviour.volume.add(mail.recipients, mail.now)
+    usual = mail.behaviour.volume.usual(settings.deviations or 0.0)
+    if usual is None or count <= max(usual, _FEW):
+        return None
+    return Observation(f"{count} recipients this hour", f"{usual:.0f}")
+
+
 def _limit_and_window(settings: SpamRule) -> tuple[int, float]:
     if settings.limit is None or settings.window is None:
         raise ConfigurationError("a rule that counts needs limit and window")
@@ -221,6 +244,12 @@ RULES: Final[Mapping[str, Rule]] = {
     "newNetworks": Rule(Reason.NEW_NETWORKS, new_networks, SpamRule(score=3, limit=5, window=3600.0)),
     "sameBodyFanOut": Rule(Reason.SAME_BODY_FAN_OUT, same_body_fan_out, SpamRule(score=4, limit=50, window=600.0)),
     "linkShortener": Rule(Reason.LINK_SHORTENER, link_shortener, SpamRule(score=2)),
+    "unknownRecipients": Rule(
+        Reason.UNKNOWN_RECIPIENTS,
+        unknown_recipients,
+        SpamRule(score=8, percent=30.0, minimum=20, window=3600.0),
+    ),
+    "volumeAnomaly": Rule(Reason.VOLUME_ANOMALY, volume_anomaly, SpamRule(score=4, deviations=6.0)),
 }
 """Rules by their name in the configuration. With the default `suspectAt` of 5 the first two mark a message alone."""
 
@@ -249,19 +278,22 @@ class Judge:
         self._rules: list[tuple[str, Rule, SpamRule]] = []
         wanted = spam.rules or {name: rule.defaults for name, rule in RULES.items()}
         for name, settings in wanted.items():
-            if name in UNIMPLEMENTED_SPAM_RULES:
-                continue
             if name not in RULES:
                 raise ConfigurationError(f"spam.rules: there is no rule {name}; known are {', '.join(sorted(RULES))}")
             if settings.score == 0:
                 continue
-            defaults = RULES[name].defaults
-            limit, window = settings.limit or defaults.limit, settings.window or defaults.window
-            self._rules.append((name, RULES[name], SpamRule(score=settings.score, limit=limit, window=window)))
+            self._rules.append((name, RULES[name], _completed(settings, RULES[name].defaults)))
+        self._unknown = next((settings for name, _, settings in self._rules if name == "unknownRecipients"), None)
 
     @property
     def rules(self) -> tuple[str, ...]:
         return tuple(name for name, _, _ in self._rules)
+
+    def learn(self, behaviour: Behaviour, settled: int, unknown: int, now: float) -> None:
+        """What came of an identity's recipients."""
+        if self._unknown is not None and self._unknown.window is not None:
+            behaviour.settled.add(settled, self._unknown.window, now)
+            behaviour.unknown.add(unknown, self._unknown.window, now)
 
     def opinion(self, mail: Mail) -> Opinion:
         return self.weighed(
@@ -279,6 +311,12 @@ class Judge:
         held = bool(hits) and _reaches(score, self._spam.hold_at)
         suspected = bool(hits) and _reaches(score, self._spam.suspect_at)
         return Opinion(score, hits, suspected or held or rejected, held and not rejected, rejected)
+
+
+def _completed(settings: SpamRule, defaults: SpamRule) -> SpamRule:
+    """The settings, with the defaults of the rule where they say nothing."""
+    given = {name: value for name, value in msgspec.structs.asdict(settings).items() if value is not None}
+    return msgspec.structs.replace(defaults, **given)
 
 
 def _reaches(score: float, threshold: float | None) -> bool:
