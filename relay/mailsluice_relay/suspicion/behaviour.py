@@ -27,9 +27,15 @@ class WindowCount:
 
     def add(self, amount: int, window: float, now: float) -> int:
         """The sum with `amount` in it."""
-        width = window / _SLOTS
-        current = int(now / width)
+        current = int(now / (window / _SLOTS))
         self._slots[current] = self._slots.get(current, 0) + amount
+        return self.total(window, now)
+
+    def total(self, window: float, now: float) -> int:
+        """The sum as it stands."""
+        if not self._slots:
+            return 0
+        current = int(now / (window / _SLOTS))
         for slot in [slot for slot in self._slots if not current - _SLOTS < slot <= current]:
             del self._slots[slot]
         return sum(self._slots.values())

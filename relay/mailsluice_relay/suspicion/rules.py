@@ -135,10 +135,12 @@ def unknown_recipients(mail: Mail, settings: SpamRule) -> Observation | None:
     What upstreams said of earlier mail; one that bounces later, by a message of its own, is not heard of.
     """
     window = settings.window or 0.0
-    settled = mail.behaviour.settled.add(0, window, mail.now)
-    unknown = mail.behaviour.unknown.add(0, window, mail.now)
+    unknown = mail.behaviour.unknown.total(window, mail.now)
+    if not unknown:
+        return None
+    settled = mail.behaviour.settled.total(window, mail.now)
     minimum, percent = settings.minimum or 0, settings.percent or 0.0
-    if not unknown or settled < minimum or unknown * 100 < percent * settled:
+    if settled < minimum or unknown * 100 < percent * settled:
         return None
     return Observation(f"{unknown} of {settled} recipients unknown", f"{percent:g} % of {minimum} in {window:g} s")
 
@@ -293,7 +295,8 @@ class Judge:
         """What came of an identity's recipients."""
         if self._unknown is not None and self._unknown.window is not None:
             behaviour.settled.add(settled, self._unknown.window, now)
-            behaviour.unknown.add(unknown, self._unknown.window, now)
+            if unknown:
+                behaviour.unknown.add(unknown, self._unknown.window, now)
 
     def opinion(self, mail: Mail) -> Opinion:
         return self.weighed(
