@@ -118,6 +118,7 @@ class Platform:
 
     kubectl: Kubectl
     folder: Path
+    audit_log: Path | None = None
 
     def fill(self, kubectl: Kubectl) -> None:
         """The Secrets that the relays of the tests name."""
@@ -155,23 +156,42 @@ def foreign_definition(kind: str) -> Object:
     }
 
 
-@pytest.fixture(scope="session")
-def platform() -> Iterator[Platform]:
+@contextlib.contextmanager
+def new_platform(*, audit: bool = False) -> Iterator[Platform]:
     if absent := missing(CONTROL_PLANE):
         unavailable(how_to_get(absent))
     with tempfile.TemporaryDirectory(prefix="mailsluice-operator-") as folder:
-        control_plane = ControlPlane(Path(folder) / "api")
+        control_plane = ControlPlane(Path(folder) / "api", audit=audit)
         control_plane.start()
         try:
             kubectl = Kubectl(control_plane.kubeconfig)
             kubectl("apply", "-k", str(ROOT / "deploy"))
-            kubectl.apply(*map(foreign_definition, ("PodMonitor", "PrometheusRule")))
             kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd", "--all")
             # No node would run it: the tests start the command themselves.
             kubectl("delete", "deployment", "--namespace=mailsluice-system", "mailsluice-operator")
-            yield Platform(kubectl, Path(folder))
+            yield Platform(kubectl, Path(folder), control_plane.audit_log)
         finally:
             control_plane.stop()
+
+
+@pytest.fixture(scope="session")
+def platform() -> Iterator[Platform]:
+    with new_platform() as made:
+        made.kubectl.apply(*map(foreign_definition, ("PodMonitor", "PrometheusRule")))
+        made.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd", "--all")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def audited_platform() -> Iterator[Platform]:
+    """Another one, that no operator works on yet, and where Prometheus' kinds are unknown."""
+    with new_platform(audit=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def prometheus_definitions() -> list[Object]:
+    return list(map(foreign_definition, ("PodMonitor", "PrometheusRule")))
 
 
 @pytest.fixture(scope="session")

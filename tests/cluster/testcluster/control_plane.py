@@ -5,6 +5,7 @@ Every control plane has a state directory and ports of its own, so that several 
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import socket
@@ -45,13 +46,15 @@ def free_ports(count: int) -> list[int]:
 class ControlPlane:
     """The one of this state directory: `start` it, or find again what an earlier command started."""
 
-    def __init__(self, state: Path, *, node_gateway: str | None = None) -> None:
-        """`node_gateway` is this machine's address as a node in a network namespace of its own sees it."""
+    def __init__(self, state: Path, *, node_gateway: str | None = None, audit: bool = False) -> None:
+        """`node_gateway` is this machine's address as a node in a network namespace of its own sees it. With `audit`
+        the API server writes down who asked for what, one JSON object a line, in `audit_log`."""
         self.state = state
         self.pki = state / "pki"
         self.kubeconfig = state / "kubeconfig"
         self.node_kubeconfig = state / "node.kubeconfig"
         self.node_gateway = node_gateway
+        self.audit_log = state / "audit.log" if audit else None
         self.processes = Processes(state)
 
     def start(self) -> None:
@@ -73,6 +76,17 @@ class ControlPlane:
 
     def _start_on(self, etcd: int, etcd_peer: int, api: int, controllers: int, scheduler: int) -> None:
         pki, gateway = self.pki, self.node_gateway
+        auditing = []
+        if self.audit_log is not None:
+            policy = self.state / "audit-policy.json"
+            # Requests as they come in, so that one without an answer is there too.
+            rules = [{"level": "Metadata", "omitStages": ["ResponseStarted", "ResponseComplete"]}]
+            policy.write_text(json.dumps({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": rules}))
+            auditing = [
+                f"--audit-policy-file={policy}",
+                f"--audit-log-path={self.audit_log}",
+                "--audit-log-mode=blocking",
+            ]
         self.processes.spawn(
             "etcd",
             [
@@ -108,6 +122,7 @@ class ControlPlane:
                 f"--service-account-key-file={pki}/service-accounts.pub",
                 f"--service-account-signing-key-file={pki}/service-accounts.key",
                 "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
+                *auditing,
             ],
         )
         self._wait(f"the API server on port {api}", f"https://{LOOPBACK}:{api}/readyz", 60)
