@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 from mailsluice_relay.config import UpstreamLimits
+from mailsluice_relay.delivery.allowance import Allowance
 from mailsluice_relay.delivery.client import Connection, Mail, Timeouts
 from mailsluice_relay.delivery.mx import Destination, MailExchangers, UndeliverableError
 from mailsluice_relay.delivery.outcome import FailureClass, Fault, Outcome, Retry, Stage, should_fail_over
@@ -38,6 +39,7 @@ class Direct:
         clocks: Clocks,
         on_throttled: Callable[[float], None],
         timeouts: Timeouts | None = None,
+        allowance: Allowance | None = None,
     ) -> None:
         self.target = target
         self.limits = limits
@@ -45,7 +47,7 @@ class Direct:
         self._clocks = clocks
         self._on_throttled = on_throttled
         self._timeouts = timeouts
-        self._pace = Pace(limits)
+        self._pace = Pace(limits, allowance)
         self._slots = asyncio.Semaphore(limits.connections)
         self._pools: OrderedDict[Destination, tuple[Pool, float]] = OrderedDict()
         self._leased: dict[Connection, Pool] = {}
@@ -111,11 +113,13 @@ class Direct:
 
     async def _to_domain(self, domain: str, mail: Mail) -> list[Outcome]:
         async with self._slots:
-            await self._keep_pace()
             try:
+                await self._keep_pace()
                 destinations = await self._exchangers.destinations(domain, hostname=self.target.hostname)
             except UndeliverableError as error:
                 return [error.outcome for _ in mail.recipients]
+            except Fault as fault:
+                return [fault.retry for _ in mail.recipients]
             outcomes: list[Outcome] = [_nobody(domain) for _ in mail.recipients]
             todo = list(range(len(mail.recipients)))
             for destination in destinations:
@@ -152,6 +156,8 @@ class Direct:
         wait = self._pace.reserve(self._clocks.monotonic())
         if wait > 0:
             await asyncio.sleep(wait)
+        if self._pace.used_up_until(self._clocks.now()) is not None:
+            raise Fault(FailureClass.UNAVAILABLE, Stage.CONNECT, self.why_not)
         self._pace.count(self._clocks.now())
 
     # --- destinations -------------------------------------------------------------------------------------------------

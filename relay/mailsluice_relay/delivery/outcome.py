@@ -129,9 +129,17 @@ _THROTTLING = re.compile(
     r"|(?:rate|quota|limit).{0,20}exceed|rate[- ]?limit",
     re.IGNORECASE,
 )
+_SENDER = re.compile(r"sender|send as|mail from|from address|return-path|reverse-path|envelope", re.IGNORECASE)
 _GREYLISTING = re.compile(r"gr[ae]y-?list", re.IGNORECASE)
 _POLICY = re.compile(r"spam|block(?:ed|list)|black-?list|polic(?:y|ies)|reputation|dmarc|dkim|\bspf\b", re.IGNORECASE)
 _TOO_MANY_RECIPIENTS = re.compile(r"too many recipients", re.IGNORECASE)
+
+
+def is_about_sender(outcome: Failed) -> bool:
+    """Whether another reverse-path could help. Some look at it at RCPT, and Microsoft 365 after the data (5.7.60)."""
+    if outcome.stage is Stage.MAIL:
+        return outcome.failure is not FailureClass.MESSAGE
+    return outcome.reply is not None and bool(_SENDER.search(outcome.reply.text))
 
 
 def is_throttling(reply: Reply) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from mailsluice_relay.config import UpstreamLimits
+from mailsluice_relay.delivery.allowance import DAY, Allowance
 
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 300.0
@@ -16,11 +17,10 @@ FIRST_SPACING: Final = 0.1
 LONGEST_SPACING: Final = 10.0
 RECOVERY: Final = 0.9
 """The factor on the spacing for each message that passes."""
-DAY: Final = 86400
 
 
 class Pace:
-    def __init__(self, limits: UpstreamLimits) -> None:
+    def __init__(self, limits: UpstreamLimits, allowance: Allowance | None = None) -> None:
         self._interval = 1.0 / limits.messages_per_second if limits.messages_per_second else 0.0
         self._per_day = limits.messages_per_day
         self._free_at = float("-inf")
@@ -28,8 +28,7 @@ class Pace:
         self._resume_at = float("-inf")
         self._pause = FIRST_PAUSE
         self._spacing = 0.0
-        self._day = 0
-        self._today = 0
+        self._allowance = allowance or Allowance()
 
     def reserve(self, now: float) -> float:
         """Take the next place; the seconds to wait for it."""
@@ -64,14 +63,11 @@ class Pace:
 
     def used_up_until(self, epoch: float) -> float | None:
         """When the daily limit starts anew (seconds since the epoch, UTC midnight); None: it is not used up."""
-        day = int(epoch // DAY)
-        if self._per_day is None or day != self._day or self._today < self._per_day:
+        if self._per_day is None or self._allowance.used_on(epoch) < self._per_day:
             return None
-        return float((day + 1) * DAY)
+        return float((int(epoch // DAY) + 1) * DAY)
 
     def count(self, epoch: float) -> None:
         """One message of today's."""
-        day = int(epoch // DAY)
-        if day != self._day:
-            self._day, self._today = day, 0
-        self._today += 1
+        if self._per_day is not None:
+            self._allowance.count(epoch, self._per_day)

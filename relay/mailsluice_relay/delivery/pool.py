@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mailsluice_relay.config import UpstreamLimits
+from mailsluice_relay.delivery.allowance import Allowance
 from mailsluice_relay.delivery.breaker import Breaker
 from mailsluice_relay.delivery.client import Connection, Mail, Timeouts, connect
 from mailsluice_relay.delivery.oauth import Grant, Tokens
@@ -59,6 +60,7 @@ class Pool:
         on_up: Callable[[], None],
         on_throttled: Callable[[float], None],
         timeouts: Timeouts | None = None,
+        allowance: Allowance | None = None,
     ) -> None:
         self.target = target
         self.limits = limits
@@ -68,7 +70,7 @@ class Pool:
         self._timeouts = timeouts or Timeouts()
         login = target.login
         self._tokens = Tokens(login, now=clocks.now, monotonic=clocks.monotonic) if isinstance(login, Grant) else None
-        self._pace = Pace(limits)
+        self._pace = Pace(limits, allowance)
         self._breaker = Breaker(clocks.random)
         self._slots = asyncio.Semaphore(limits.connections)
         self._idle: list[tuple[Connection, asyncio.TimerHandle]] = []
@@ -132,6 +134,8 @@ class Pool:
             wait = self._pace.reserve(self._clocks.monotonic())
             if wait > 0:
                 await asyncio.sleep(wait)
+            if self._pace.used_up_until(self._clocks.now()) is not None:  # by others, meanwhile
+                return self._everybody(mail, Retry(FailureClass.UNAVAILABLE, Stage.CONNECT, self.why_not))
             self._pace.count(self._clocks.now())
             outcomes = await self._send(mail)
         self._learn(outcomes)
@@ -164,6 +168,8 @@ class Pool:
         wait = self._pace.reserve(self._clocks.monotonic())
         if wait > 0:
             await asyncio.sleep(wait)
+        if self._pace.used_up_until(self._clocks.now()) is not None:
+            raise Fault(FailureClass.UNAVAILABLE, Stage.CONNECT, self.why_not)
         connection = self._take() or await self._connect()
         self._pace.count(self._clocks.now())
         return connection

@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from mailsluice_relay.config import Configuration, Credentials, Queue, QueueMode
+from mailsluice_relay.delivery.allowance import AllowanceBook
 from mailsluice_relay.delivery.client import Timeouts
 from mailsluice_relay.delivery.mx import MailExchangers
 from mailsluice_relay.delivery.outcome import Delivered
@@ -103,7 +104,12 @@ class Dispatcher:
         targets = Upstreams.prepare(configuration, credentials)
         self._signer = Signer(configuration, credentials)
         self._upstreams = Upstreams(
-            clocks=self._clocks, metrics=metrics, on_up=self._look, timeouts=timeouts, exchangers=exchangers
+            clocks=self._clocks,
+            metrics=metrics,
+            on_up=self._look,
+            timeouts=timeouts,
+            exchangers=exchangers,
+            book=AllowanceBook(directory / "allowances.json"),
         )
         self._upstreams.apply(configuration, credentials, targets)
         self._lanes = {name: Lane(slots) for name, slots in self._upstreams.slots.items()}

@@ -19,10 +19,19 @@ from mailsluice_relay.config import (
     Upstream,
     UpstreamType,
 )
+from mailsluice_relay.delivery.allowance import AllowanceBook
 from mailsluice_relay.delivery.client import Mail, Timeouts
 from mailsluice_relay.delivery.direct import Direct
 from mailsluice_relay.delivery.mx import MailExchangers, system_resolver
-from mailsluice_relay.delivery.outcome import Failed, FailureClass, Outcome, Retry, Stage, should_fail_over
+from mailsluice_relay.delivery.outcome import (
+    Failed,
+    FailureClass,
+    Outcome,
+    Retry,
+    Stage,
+    is_about_sender,
+    should_fail_over,
+)
 from mailsluice_relay.delivery.pool import Clocks, Pool, UpstreamState
 from mailsluice_relay.delivery.route import candidates, choose
 from mailsluice_relay.delivery.target import Target, target_of
@@ -49,12 +58,14 @@ class Upstreams:
         on_up: Callable[[], None],
         timeouts: Timeouts | None = None,
         exchangers: MailExchangers | None = None,
+        book: AllowanceBook,
     ) -> None:
         self._clocks = clocks
         self._metrics = metrics
         self._attempts = functools.cache(metrics.delivery_attempts.labels)
         self._on_up = on_up
         self._timeouts = timeouts
+        self._book = book
         self._exchangers = exchangers or MailExchangers(system_resolver(), random=clocks.random)
         self._ordered: tuple[Upstream, ...] = ()
         self._pools: dict[str, Pool | Direct] = {}
@@ -109,6 +120,7 @@ class Upstreams:
                 clocks=self._clocks,
                 on_throttled=on_throttled,
                 timeouts=self._timeouts,
+                allowance=self._book.of(upstream.name),
             )
         return Pool(
             target,
@@ -117,6 +129,7 @@ class Upstreams:
             on_up=self._on_up,
             on_throttled=on_throttled,
             timeouts=self._timeouts,
+            allowance=self._book.of(upstream.name),
         )
 
     def _observe(self, name: str, pool: Pool | Direct) -> None:
@@ -148,6 +161,7 @@ class Upstreams:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(pool.close() for pool in self._pools.values()))
+        self._book.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -261,7 +275,7 @@ class Upstreams:
         if (
             envelope.sender is None
             and self._bounce_address is not None
-            and all(isinstance(outcome, Failed) and outcome.stage is Stage.MAIL for outcome in outcomes)
+            and all(isinstance(outcome, Failed) and is_about_sender(outcome) for outcome in outcomes)
         ):  # some providers refuse the null reverse-path from their customers
             outcomes = await pool.deliver(mail(self._bounce_address))
         return outcomes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mailsluice_relay.config import Queue, Upstream, UpstreamLimits
 from mailsluice_relay.config import Retry as RetrySettings
+from mailsluice_relay.delivery.allowance import Allowance, AllowanceBook
 from mailsluice_relay.delivery.breaker import FIRST_PROBE, TOLERANCE, Breaker
 from mailsluice_relay.delivery.fair import FairQueue
 from mailsluice_relay.delivery.outcome import Failed, FailureClass, Retry, Stage, classify, session_fault
@@ -274,6 +276,37 @@ def test_the_days_allowance_begins_anew_at_midnight() -> None:
     pace.count(noon)
     assert pace.used_up_until(noon) == 86400.0 * 101
     assert pace.used_up_until(86400.0 * 101) is None
+
+
+def test_a_message_that_is_not_limited_by_the_day_is_not_written_down() -> None:
+    writes: list[int] = []
+    allowance = Allowance(keep=lambda: writes.append(1))
+    Pace(UpstreamLimits(), allowance).count(1.0)
+    assert writes == []
+
+
+def test_the_disk_is_ahead_of_what_was_sent_by_a_hundredth_at_most() -> None:
+    kept: list[int] = []
+    allowance = Allowance(keep=lambda: kept.append(allowance.reserved))
+    pace = Pace(UpstreamLimits(messages_per_day=1000), allowance)
+    for number in range(1, 101):
+        pace.count(1.0)
+        assert number <= kept[-1] < number + 10
+    assert len(kept) == 10
+
+
+def test_an_unreadable_book_begins_anew_and_a_good_one_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "allowances.json"
+    path.write_bytes(b"{broken")
+    book = AllowanceBook(path)
+    for name, number in (("a", 3), ("b", 200)):
+        for _ in range(number):
+            book.of(name).count(86400.0 * 5, 10_000)
+    assert (AllowanceBook(path).of("a").used, AllowanceBook(path).of("b").used) == (100, 200)
+    book.close()
+    again = AllowanceBook(path)
+    assert (again.of("a").used_on(86400.0 * 5 + 1), again.of("b").used_on(86400.0 * 5)) == (3, 200)
+    assert again.of("a").used_on(86400.0 * 6) == 0
 
 
 # --- breaker ---

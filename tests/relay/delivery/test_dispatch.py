@@ -405,6 +405,36 @@ async def test_the_days_allowance_sends_the_rest_elsewhere(
     assert (len(first.received), len(second.received)) == (3, 2)
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_the_days_allowance_outlives_a_restart_and_a_new_configuration(
+    start: Any, make_upstream: Any, message: Any, until: Any, clock: Clock, is_killed: bool, tmp_path: Path
+) -> None:
+    first, second = await make_upstream(), await make_upstream()
+
+    def upstreams(**limits: int) -> tuple[config.Upstream, ...]:
+        mine = config.UpstreamLimits(messages_per_day=5, **limits)
+        return upstream_of(first, "first", limits=mine), upstream_of(second, "second", priority=20)
+
+    async def send(relay: Any, number: int) -> None:
+        for _ in range(number):
+            await relay.dispatcher.submit(message())
+        await until(lambda: relay.is_empty)
+
+    async with start(configured(*upstreams())) as relay:
+        await send(relay, 2)
+        relay.dispatcher.reconfigure(configured(*upstreams(connections=3)), {})
+        await send(relay, 1)
+        on_disk = (tmp_path / "data/allowances.json").read_bytes()
+    if is_killed:
+        (tmp_path / "data/allowances.json").write_bytes(on_disk)
+    async with start(configured(*upstreams())) as relay:
+        await send(relay, 4)
+        assert (len(first.received), len(second.received)) == (5, 2)
+        clock.ahead += 86400
+        await send(relay, 1)
+        assert len(first.received) == 6
+
+
 # --- failed, late, relayed ---
 async def test_a_bounce_says_who_why_and_what_to_do(start: Any, make_upstream: Any, message: Any, until: Any) -> None:
     server = await make_upstream(answers={"RCPT TO:<no@x.test>": "550 5.1.1 no such user here"})
@@ -492,10 +522,19 @@ async def test_what_nobody_else_gets_goes_to_the_bounce_address(
     assert b"Final-Recipient: rfc822; app@example.test" in double.text
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"MAIL FROM:<>": "550 5.1.7 sender needed"},
+        {"RCPT TO:<app@": ["553 5.7.1 Sender address rejected: not owned by auth user"]},
+        {".": ["550 5.7.60 SMTP; Client does not have permissions to send as this sender"]},
+        {".": ["554 Message rejected: Email address is not verified. MAIL FROM is empty"]},
+    ],
+)
 async def test_a_provider_that_refuses_the_null_sender_gets_the_bounce_address(
-    start: Any, make_upstream: Any, message: Any, until: Any
+    start: Any, make_upstream: Any, message: Any, until: Any, refusal: dict[str, Any]
 ) -> None:
-    server = await make_upstream(answers={"RCPT TO:<no@x.test>": "550 no", "MAIL FROM:<>": "550 5.1.7 sender needed"})
+    server = await make_upstream(answers={"RCPT TO:<no@x.test>": "550 no", **refusal})
     bounces = config.Bounces(address="bounces@example.test")
     async with start(configured(upstream_of(server), bounces=bounces)) as relay:
         await relay.dispatcher.submit(message(to=("no@x.test",)))
