@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from mailsluice_operator.children.facts import Fact
+from mailsluice_operator.children.metadata import timestamp
 from mailsluice_operator.resource.status import (
     Condition,
     ConfigurationStatus,
@@ -43,6 +44,10 @@ class PodView:
     draining: bool = False
     queued: int | None = None
     upstreams_down: tuple[UpstreamDown, ...] = ()
+    limit_store_error: str | None = None
+    """Why the store of spec.rateLimitStore cannot be used; None while it can, and where there is none."""
+    engines_down: tuple[tuple[str, str], ...] = ()
+    """Names of spam engines that gave no verdict when they were asked last, and why."""
     unschedulable: str | None = None
 
 
@@ -71,10 +76,6 @@ class RelayView:
     users: int | None = None
     selector: str | None = None
     queued: int | None = None
-
-
-def timestamp(moment: datetime.datetime) -> str:
-    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass
@@ -189,6 +190,14 @@ def _degraded(view: RelayView) -> list[Fact]:
             found.append(Fact("UpstreamAuthenticationFailed", words))
         else:
             found.append(Fact("UpstreamUnreachable", f"Upstream {name} takes no mail: {upstream.error}"))
+    stores = [pod.limit_store_error for pod in view.pods if pod.limit_store_error is not None]
+    if stores:
+        found.append(Fact("LimitStoreUnavailable", f"The store of spec.rateLimitStore cannot be used: {stores[0]}."))
+    engines = dict(engine for pod in view.pods for engine in pod.engines_down)
+    found += (
+        Fact("EngineUnavailable", f"Engine {name} gives no verdict: {error}.")
+        for name, error in sorted(engines.items())
+    )
     return found
 
 
@@ -209,6 +218,8 @@ def user_status(
     unready: Fact | None,
     suspended: bool,
     now: datetime.datetime,
+    rotated_at: datetime.datetime | None = None,
+    next_rotation: datetime.datetime | None = None,
 ) -> SmtpUserStatus:
     """The status of a SmtpUser: `refused` is why it gets no login, `unready` why it cannot send although it has one."""
     conditions = _Conditions(before.conditions, generation, now)
@@ -229,8 +240,8 @@ def user_status(
         last_limit=before.last_limit,
         last_refusal=before.last_refusal,
         suspended=suspended,
-        rotated_at=before.rotated_at,
-        next_rotation=before.next_rotation,
+        rotated_at=timestamp(rotated_at) if rotated_at is not None else before.rotated_at,
+        next_rotation=timestamp(next_rotation) if next_rotation is not None else None,
     )
 
 

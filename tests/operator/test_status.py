@@ -64,6 +64,14 @@ HEALTHY = {
             {"pods": (PodView(name="a", ready=True, revision="r1", upstreams_down=(UpstreamDown("u", "e"),)),)},
             {"Degraded": "True"},
         ),
+        (
+            {"pods": (PodView(name="a", ready=True, revision="r1", limit_store_error="no answer"),)},
+            {"Degraded": "True"},
+        ),
+        (
+            {"pods": (PodView(name="a", ready=True, revision="r1", engines_down=(("clamd", "e"),)),)},
+            {"Degraded": "True"},
+        ),
         ({"paused": True}, {"Paused": "True"}),
         ({"deleting": Fact("Draining", "x")}, {"Ready": "False", "Reconciling": "True"}),
         (
@@ -152,3 +160,20 @@ def test_an_upstream_that_refuses_the_login_is_told_apart(refuses: bool, reason:
     found = of(status(pods=(pod, CURRENT)), "Degraded")
     assert found.reason == reason
     assert "provider" in found.message
+
+
+def test_who_is_asked_about_mail_and_does_not_answer_is_named_once() -> None:
+    pods = tuple(
+        PodView(
+            name=name,
+            ready=True,
+            revision="r1",
+            limit_store_error="connection refused",
+            engines_down=(("clamd", "no verdict within 20 s"), ("rspamd", "it answered 500")),
+        )
+        for name in ("out-0", "out-1")
+    )
+    found = of(status(pods=pods), "Degraded")
+    assert found.reason == "LimitStoreUnavailable"
+    for words in ("connection refused", "Engine clamd", "no verdict within 20 s", "Engine rspamd"):
+        assert found.message.count(words) == 1

@@ -27,11 +27,20 @@ class _Upstream(msgspec.Struct):
     failure: str | None = None
 
 
+class _Service(msgspec.Struct):
+    """Somebody whom the relay asks about mail."""
+
+    up: bool = True
+    last_error: str = ""
+
+
 class _Readiness(msgspec.Struct):
     revision: str
     draining: bool = False
     queue: _Queue | None = None
     upstreams: dict[str, _Upstream] = {}
+    limit_store: _Service | None = msgspec.field(default=None, name="limitStore")
+    engines: dict[str, _Service] = {}
 
 
 class PodProbe:
@@ -58,5 +67,9 @@ class PodProbe:
                 UpstreamDown(name, state.last_error, refuses_login=state.failure == "authentication")
                 for name, state in sorted(answer.upstreams.items())
                 if not state.up
+            ),
+            limit_store_error=answer.limit_store.last_error or None if answer.limit_store is not None else None,
+            engines_down=tuple(
+                (name, state.last_error) for name, state in sorted(answer.engines.items()) if not state.up
             ),
         )

@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from mailsluice_operator.children.facts import Fact
+from mailsluice_operator.children.metadata import timestamp
 from mailsluice_operator.children.workload import PodSettings
 from mailsluice_operator.cluster.client import ApiError, Cluster
 from mailsluice_operator.cluster.events import Recent
 from mailsluice_operator.cluster.objects import NAMESPACE, Kind, Object, Reference
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.reconcile.index import Index
-from mailsluice_operator.status import UpstreamDown, timestamp
+from mailsluice_operator.status import UpstreamDown
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class PodReport:
     draining: bool
     queued: int | None
     upstreams_down: tuple[UpstreamDown, ...] = ()
+    limit_store_error: str | None = None
+    engines_down: tuple[tuple[str, str], ...] = ()
 
 
 Probe = Callable[[str], Awaitable[PodReport | None]]

@@ -123,5 +123,7 @@ def _view(pod: Object, answer: _Answer | None) -> PodView:
         draining=report is not None and report.draining,
         queued=report.queued if report is not None else None,
         upstreams_down=report.upstreams_down if report is not None else (),
+        limit_store_error=report.limit_store_error if report is not None else None,
+        engines_down=report.engines_down if report is not None else (),
         unschedulable=unschedulable,
     )
