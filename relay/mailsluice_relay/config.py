@@ -35,17 +35,9 @@ MAXIMUM_DECODED_SIZE: Final = 64 * 1024 * 1024
 """Octets after decompression; a configuration of 10,000 users takes about 3 MB."""
 
 
-OAUTH_KEYS: Final = (
-    "grant",
-    "user",
-    "client-id",
-    "token-url",
-    "scope",
-    "client-secret",
-    "refresh-token",
-    "private-key",
-)
-"""What an OAuth grant may consist of; the first four always, those of `OAUTH_SECRETS` with its kind."""
+REQUIRED_OAUTH_KEYS: Final = ("grant", "user", "client-id", "token-url")
+OAUTH_KEYS: Final = (*REQUIRED_OAUTH_KEYS, "scope", "client-secret", "refresh-token", "private-key")
+"""What an OAuth grant may consist of; one of the last three always (`OAUTH_SECRETS`)."""
 
 Credentials = Mapping[str, bytes]
 """The files of credentials/ by name, as they were read together."""

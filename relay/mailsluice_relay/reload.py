@@ -15,7 +15,7 @@ from typing import Final
 
 import watchfiles
 
-from mailsluice_relay.config import Configuration, ConfigurationError, Credentials, decode
+from mailsluice_relay.config import REQUIRED_OAUTH_KEYS, Configuration, ConfigurationError, Credentials, decode
 
 CONFIGURATION_FILE: Final = "config.json.gz"
 REVISION_FILE: Final = "revision"
@@ -136,7 +136,9 @@ def _check_references(configuration: Configuration, credentials: Credentials) ->
     for upstream in configuration.upstreams:
         field = f"upstreams[{upstream.name}]"
         if upstream.credentials is not None:
-            wanted += [(field, f"{upstream.credentials}.username"), (field, f"{upstream.credentials}.password")]
+            has_grant = f"{upstream.credentials}.grant" in credentials
+            parts = REQUIRED_OAUTH_KEYS if has_grant else ("username", "password")
+            wanted += [(field, f"{upstream.credentials}.{part}") for part in parts]
         if upstream.ca is not None:
             wanted.append((field, upstream.ca))
     wanted += [(f"dkim[{key.domain}]", key.key) for key in configuration.dkim]

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from mailsluice_operator.children.configuration import Secret, build
+from mailsluice_operator.local.mount import write_mount
 from mailsluice_operator.resource import cel
 from mailsluice_operator.resource.models import API_VERSION, SpamRules, relay_from
 from mailsluice_operator.resource.references import Purpose, secret_uses
@@ -28,10 +30,12 @@ from mailsluice_operator.resource.schema import (
 )
 from mailsluice_operator.resource.validation import admitted
 from mailsluice_relay.admission import Admission
-from mailsluice_relay.config import login_key
+from mailsluice_relay.config import encode, login_key
+from mailsluice_relay.dispatch import Dispatcher
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.policy.networks import Networks
 from mailsluice_relay.policy.ownership import Domains, rights
+from mailsluice_relay.reload import load
 from mailsluice_relay.suspicion.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +55,7 @@ CONTENT: dict[Purpose, dict[str, bytes]] = {
         "refresh-token": b"r",
     },
     Purpose.SERVER_CERTIFICATE: {"tls.crt": CERTIFICATE, "tls.key": KEY},
-    Purpose.AUTHORITIES: {"ca.crt": CERTIFICATE},
+    Purpose.AUTHORITIES: {"ca.crt": trustme.CA().cert_pem.bytes()},
     Purpose.SIGNING_KEY: {
         "tls.key": Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     },
@@ -117,7 +121,9 @@ def right_relays() -> list[Any]:
 
 
 @pytest.mark.parametrize("spec", right_relays())
-async def test_a_right_resource_makes_a_configuration_that_the_relay_takes(spec: dict[str, Any]) -> None:
+async def test_a_right_resource_makes_a_configuration_that_the_relay_takes(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
     metadata = {"name": "outbound", "namespace": "mail"}
     manifest = {"apiVersion": API_VERSION, "kind": "SmtpRelay", "metadata": metadata, "spec": spec}
     relay = relay_from(admitted(manifest))
@@ -127,6 +133,11 @@ async def test_a_right_resource_makes_a_configuration_that_the_relay_takes(spec:
         for use in secret_uses(relay)
     }
     made = build(relay, secrets=secrets, server=SERVER, hash_password=lambda _password, _salt: BCRYPT)
+    revision = made.configuration.credentials_revision.encode()
+    write_mount(tmp_path / "config", {"config.json.gz": encode(made.configuration)})
+    write_mount(tmp_path / "credentials", {**made.files, "revision": revision})
+    loaded = load(tmp_path)
+    Dispatcher.check(loaded.configuration, loaded.credentials)
     admission = Admission(
         made.configuration, credentials=made.files, metrics=Metrics(), monotonic=lambda: 0.0, now=lambda: 0.0
     )

@@ -63,6 +63,18 @@ def test_a_file_that_the_configuration_names_must_be_there(tmp_path: Path) -> No
         load(tmp_path)
 
 
+def test_an_oauth_grant_is_credentials_too(tmp_path: Path) -> None:
+    upstream = Upstream(name="provider", host="h", credentials="up")
+    wanted = configuration("r1", upstreams=(upstream,))
+    files = {"revision": b"c1", "up.grant": b"RefreshToken", "up.user": b"u", "up.token-url": b"https://t.test/"}
+    mount(tmp_path / "config", {"config.json.gz": encode(wanted)}, 1)
+    mount(tmp_path / "credentials", files, 1)
+    with pytest.raises(ConfigurationError, match=r"upstreams\[provider\].*up\.client-id"):
+        load(tmp_path)
+    mount(tmp_path / "credentials", {**files, "up.client-id": b"c"}, 2)
+    assert load(tmp_path).credentials["up.client-id"] == b"c"
+
+
 @pytest.mark.parametrize("content", [b"", b"not gzip", encode(configuration("r1"))[:-9]])
 def test_a_torn_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
     mount(tmp_path / "config", {"config.json.gz": content}, 1)

@@ -22,6 +22,7 @@ from mailsluice_operator.resource.presets import OAUTH_MECHANISMS, PRESETS
 from mailsluice_relay.config import (
     OAUTH_KEYS,
     OAUTH_SECRETS,
+    REQUIRED_OAUTH_KEYS,
     ConfigurationError,
     OAuthGrant,
     is_https,
@@ -172,7 +173,7 @@ def _is_text(octets: bytes) -> bool:
 
 
 def _wrong_grant(data: Data) -> str | None:
-    if (lacking := _lacks(data, "grant", "user", "client-id", "token-url")) is not None:
+    if (lacking := _lacks(data, *REQUIRED_OAUTH_KEYS)) is not None:
         return lacking
     try:
         kind = OAuthGrant(data["grant"].decode().strip())

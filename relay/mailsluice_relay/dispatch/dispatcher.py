@@ -46,8 +46,6 @@ from mailsluice_relay.spool.store import Settlement
 
 CONTENT_MEMORY: Final = 32 * 1024 * 1024
 """Octets of content kept in memory for messages just taken; the rest is read again when its turn comes."""
-SIGNED_AT_ONCE: Final = 256 * 1024
-"""Octets of a message that is signed without going to a thread: some 5 ms, and it is in memory."""
 PAGE: Final = 250
 """Entries fetched at once."""
 GLANCE: Final = 5.0
@@ -163,7 +161,8 @@ class Dispatcher:
         await self._upstreams.close()
         await self._spool.close()
 
-    def check(self, configuration: Configuration, credentials: Credentials) -> None:
+    @staticmethod
+    def check(configuration: Configuration, credentials: Credentials) -> None:
         """Raises ConfigurationError where `reconfigure` would; nothing changes."""
         Upstreams.prepare(configuration, credentials)
         Signer(configuration, credentials)
@@ -250,7 +249,7 @@ class Dispatcher:
         redirect = mailbox_of(self._configuration.recipients.redirect_to)
         if redirect is not None:
             message = _redirected(message, redirect)
-        if isinstance(message.content.body, MemoryBody) and message.content.size <= SIGNED_AT_ONCE:
+        if self._spool.keeps_in_database(message.content):
             submission = self._put(message)
         else:
             submission = asyncio.get_running_loop().create_task(self._put_file(message))
@@ -263,7 +262,7 @@ class Dispatcher:
         self._ended.set()
 
     def _put(self, message: Message) -> asyncio.Future[Reply]:
-        """Queue a message that is in memory: nothing waits but for the disk, so that there is no task."""
+        """Queue a small message: nothing waits but for the disk, so that there is no task."""
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
         def written(entry: Entry | None, error: BaseException | None) -> None:
@@ -281,7 +280,7 @@ class Dispatcher:
         return answer
 
     async def _put_file(self, message: Message) -> Reply:
-        """Queue a message that is in a file, where hashing and syncing take a while."""
+        """Queue a message whose body is to be a file: making and syncing it take a while, and so does signing."""
         try:
             message = await self._signed(message)
             return self._taken(message, await self._spool.put(message), None)
