@@ -100,6 +100,20 @@ def _alerts(relay: SmtpRelay, owner: Owner) -> Iterator[Object]:
         "{{ $value | humanize }} recipients of the last hour were refused by policy; a provider may block the account",
     )
     yield alert(
+        "MailsluiceLimitStoreDown",
+        f"min(mailsluice_limit_store_up{{{pods}}}) == 0",
+        "5m",
+        "warning",
+        "a pod cannot use the store of spec.rateLimitStore",
+    )
+    yield alert(
+        "MailsluiceEngineFailing",
+        f"sum by (engine) (increase(mailsluice_spam_engine_failures_total{{{pods}}}[15m])) > 10",
+        "5m",
+        "warning",
+        "engine {{ $labels.engine }} gave no verdict on {{ $value | humanize }} messages of a quarter of an hour",
+    )
+    yield alert(
         "MailsluiceCertificateExpiring",
         f"min(mailsluice_certificate_expiry_timestamp_seconds{{{pods}}}) - time() < 7 * 86400",
         "1h",
