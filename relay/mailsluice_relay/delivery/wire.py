@@ -145,8 +145,9 @@ def dot_stuffed(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if not chunk:
             continue
         # A dot is doubled at the beginning of a line, also where CR LF and dot fall into different chunks.
-        joined = tail + chunk
-        stuffed = joined.replace(b"\r\n.", b"\r\n..")
-        yield stuffed[len(tail) :]
-        tail = joined[-2:]
+        if b"\r\n." in chunk or b"\r\n." in tail + chunk[:2]:
+            yield (tail + chunk).replace(b"\r\n.", b"\r\n..")[len(tail) :]
+        else:
+            yield chunk  # mostly, and without a copy
+        tail = (tail + chunk[-2:])[-2:]
     yield b".\r\n" if tail == b"\r\n" else b"\r\n.\r\n"

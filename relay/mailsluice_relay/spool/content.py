@@ -86,6 +86,22 @@ class FileBody:
                 self.path.unlink()
 
 
+def write_file(directory: Path, data: bytes) -> FileBody:
+    """A body from memory in a file of its own, on the disk (fsync). Blocks. Raises OSError."""
+    descriptor, name = tempfile.mkstemp(dir=directory, suffix=".body")
+    body = FileBody(Path(name), len(data), temporary=True)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as stream:
+            view = memoryview(data)
+            while view:
+                view = view[stream.write(view) :]
+            os.fsync(descriptor)
+    except OSError:
+        body.close()
+        raise
+    return body
+
+
 class ContentWriter:
     """Takes a message in pieces. `finish` or `discard` ends it; after an error `discard` alone is left.
 
@@ -172,4 +188,4 @@ def _split(text: bytes) -> tuple[bytes, bytes]:
     return b"", text
 
 
-__all__ = ["CHUNK", "MEMORY_LIMIT", "ContentWriter", "FileBody", "MemoryBody", "SpoolError"]
+__all__ = ["CHUNK", "MEMORY_LIMIT", "ContentWriter", "FileBody", "MemoryBody", "SpoolError", "write_file"]

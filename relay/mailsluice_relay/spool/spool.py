@@ -19,8 +19,8 @@ from typing import Final, TypeVar
 
 import structlog
 
-from mailsluice_relay.envelope import Content, Message
-from mailsluice_relay.spool.content import ContentWriter, FileBody
+from mailsluice_relay.envelope import Body, Content, Message
+from mailsluice_relay.spool.content import ContentWriter, FileBody, MemoryBody, write_file
 from mailsluice_relay.spool.errors import SpoolError, SpoolFull, translated
 from mailsluice_relay.spool.reader import Cursor, Page, Reader
 from mailsluice_relay.spool.record import Entry, RecordError, State, entry_of
@@ -32,6 +32,11 @@ T = TypeVar("T")
 
 DISK_RESERVE: Final = 64 * 1024 * 1024
 """Octets of the disk that no new mail may take: what is queued must stay deliverable, and that writes, too."""
+
+IN_DATABASE: Final = 64 * 1024
+"""Octets of a body that goes into the database. A longer one is a file: SQLite would write it twice, page by page (at
+200 KB that took half as much time again), while a small one costs less as a row than as a file to make, sync, remove.
+"""
 
 _SYNC_THREADS: Final = 8
 """Files synced at once: they wait for the disk, not for the processor."""
@@ -125,20 +130,22 @@ class Spool:
 
         The content belongs to the queue from here on, whatever the outcome.
         """
-        content = message.content
-        body = content.body
-        if not isinstance(body, FileBody):
+        if self.keeps_in_database(message.content):
             written: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
             self.begin(message, functools.partial(_settle, written))
             return await written
         entry = entry_of(message, body_file=message.queue_id)
-        size = self._reserve(content)
+        size = self._reserve(message.content)
+        body: FileBody | None = None
         try:
-            await asyncio.get_running_loop().run_in_executor(self._syncing, body.sync)
+            body = await asyncio.get_running_loop().run_in_executor(self._syncing, self._synced, message.content.body)
+            content = Content(message.content.header, body)
             await self._writer.submit(lambda store: store.insert(entry, content))
         except (OSError, SpoolError) as error:
-            with contextlib.suppress(OSError):  # an orphan, which the next start removes
-                body.path.unlink()
+            for each in (body, message.content.body):
+                if isinstance(each, FileBody):
+                    with contextlib.suppress(OSError):  # an orphan, which the next start removes
+                        each.path.unlink()
             if isinstance(error, OSError):
                 raise translated(error) from error
             raise
@@ -146,8 +153,20 @@ class Spool:
             self._give_back(size)
         return entry
 
+    @staticmethod
+    def keeps_in_database(content: Content) -> bool:
+        """Whether `begin` takes it."""
+        return isinstance(content.body, MemoryBody) and content.body.size <= IN_DATABASE
+
+    def _synced(self, body: Body) -> FileBody:
+        """In a thread: the body as a file that is on the disk. Raises OSError."""
+        if isinstance(body, FileBody):
+            body.sync()
+            return body
+        return write_file(self._incoming, b"".join(body.chunks()))
+
     def begin(self, message: Message, done: Done[Entry]) -> None:
-        """As `put`, for a message with its body in memory: no task has to wait. Raises SpoolFull."""
+        """As `put`, for a message that goes into the database: no task has to wait. Raises SpoolFull."""
         content, entry = message.content, entry_of(message)
         size = self._reserve(content)
 
