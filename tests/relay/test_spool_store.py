@@ -21,6 +21,8 @@ from mailsluice_relay.spool.spool import Quota, Spool
 from mailsluice_relay.spool.store import MIGRATIONS, Settlement, Store
 
 LARGE = b"0123456789abcdef" * 40_000
+MIDDLING = LARGE[:100_000]
+"""In memory as long as it is read, and a file in the queue."""
 ROOMY = Quota(maximum_messages=1_000_000, disk_reserve=0)
 
 
@@ -47,7 +49,7 @@ async def text(spool: Spool, queue_id: str) -> bytes | None:
     return None if content is None else b"".join(content.chunks())
 
 
-@pytest.mark.parametrize("body", [b"Hello.\r\n", b"", LARGE])
+@pytest.mark.parametrize("body", [b"Hello.\r\n", b"", MIDDLING, LARGE])
 async def test_a_message_comes_back_whole_after_a_restart(tmp_path: Path, make_message: Any, body: bytes) -> None:
     message = make_message(
         body=body,
@@ -124,8 +126,9 @@ async def test_an_attempt_is_recorded_per_recipient(tmp_path: Path, make_message
         assert await ids(spool, 2000.0) == [message.queue_id]
 
 
-async def test_a_settled_message_leaves_nothing_behind(tmp_path: Path, make_message: Any) -> None:
-    message = make_message(body=LARGE)
+@pytest.mark.parametrize("body", [MIDDLING, LARGE])
+async def test_a_settled_message_leaves_nothing_behind(tmp_path: Path, make_message: Any, body: bytes) -> None:
+    message = make_message(body=body)
     async with opened(tmp_path) as spool:
         await spool.put(message)
         assert [path.name for path in (tmp_path / "data" / "bodies").iterdir()] == [message.queue_id]
@@ -134,6 +137,40 @@ async def test_a_settled_message_leaves_nothing_behind(tmp_path: Path, make_mess
         assert spool.octets == 0
     assert list((tmp_path / "data" / "bodies").iterdir()) == []
     assert database(tmp_path).execute("SELECT count(*) FROM contents").fetchone() == (0,)
+
+
+async def test_a_body_that_cannot_be_made_a_file_leaves_nothing(tmp_path: Path, make_message: Any) -> None:
+    message = make_message(body=MIDDLING)
+    async with opened(tmp_path) as spool:
+        incoming = tmp_path / "data" / "incoming"
+        incoming.rmdir()
+        with pytest.raises(SpoolError):
+            await spool.put(message)
+        assert spool.is_empty
+        assert await ids(spool) == []
+        incoming.mkdir()
+        await spool.put(message)
+        assert await text(spool, message.queue_id) == b"".join(message.content.chunks())
+
+
+async def test_what_comes_in_one_group_is_done_in_its_order(tmp_path: Path, make_message: Any) -> None:
+    """New and settled messages are gathered; whatever looks at them finds them there, or gone."""
+    old = [make_message() for _ in range(70)]
+    new = [make_message() for _ in range(70)]
+    async with opened(tmp_path) as spool:
+        await asyncio.gather(*map(spool.put, old))
+        results = await asyncio.gather(
+            *map(spool.put, new),
+            spool.move(new[0].queue_id, frm=[State.ACTIVE], to=State.HELD, next_attempt=None),
+            *(spool.settle(Settlement(message.queue_id, None)) for message in old),
+            spool.remove(old[0].queue_id),
+            spool.remove(new[1].queue_id),
+        )
+        assert [result for result in results if isinstance(result, bool)] == [True, False, True]
+        assert await ids(spool) == [message.queue_id for message in new[2:]]
+        assert (spool.number(State.ACTIVE), spool.number(State.HELD)) == (68, 1)
+        assert spool.octets == sum(message.content.size for message in [new[0], *new[2:]])
+    assert database(tmp_path).execute("SELECT count(*) FROM contents").fetchone() == (69,)
 
 
 async def test_a_bounce_and_its_cause_are_one_transaction(tmp_path: Path, make_message: Any) -> None:
