@@ -124,7 +124,7 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         "bounces": {"address": "bounces@example.test"},
         "dkim": [{"domain": "example.test", "selector": "s1", "privateKeySecretRef": secret}],
     }
-    user = {"relayRef": {"name": "out"}, "login": "shop@example.test", "rotation": {"every": "720h"}}
+    user = {"relayRef": {"name": "out"}, "login": "shop@example.test"}
     metadata = {"name": "out"}
     return {"metadata": metadata, "spec": spec}, {"metadata": metadata, "spec": user}
 

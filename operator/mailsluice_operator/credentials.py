@@ -121,6 +121,41 @@ def new_password(randomness: Callable[[int], bytes]) -> str:
     return base64.urlsafe_b64encode(randomness(PASSWORD_OCTETS)).rstrip(b"=").decode("ascii")
 
 
+@dataclass(frozen=True)
+class Passwords:
+    """The password of a SmtpUser, and for as long as both are taken the one before it."""
+
+    current: str
+    made_at: datetime.datetime
+    former: str | None = None
+    former_until: datetime.datetime | None = None
+
+
+def rotated(
+    held: Passwords | None,
+    every: datetime.timedelta | None,
+    overlap: datetime.timedelta,
+    now: datetime.datetime,
+    randomness: Callable[[int], bytes],
+) -> Passwords:
+    """The passwords to use now: those that are held, until the current one's time or the former one's is over.
+
+    `every` is None where passwords stay. How long a former one is taken was decided when it was replaced.
+    """
+    if held is None:
+        return Passwords(new_password(randomness), now)
+    if every is not None and now >= held.made_at + every:
+        return Passwords(new_password(randomness), now, held.current, now + overlap)
+    if held.former_until is not None and now >= held.former_until:
+        return Passwords(held.current, held.made_at)
+    return held
+
+
+def next_rotation(held: Passwords, every: datetime.timedelta | None) -> datetime.datetime | None:
+    """When the current password is replaced; None: never."""
+    return held.made_at + every if every is not None else None
+
+
 def _certificates(pem: bytes) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(pem)

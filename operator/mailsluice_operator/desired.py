@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from mailsluice_operator.children import monitoring, network, scaling, secrets, workload
 from mailsluice_operator.children.configuration import DEFAULT_STORAGE
 from mailsluice_operator.children.facts import Fact
-from mailsluice_operator.children.metadata import Object, Owner
+from mailsluice_operator.children.metadata import (
+    FORMER_UNTIL_ANNOTATION,
+    ROTATED_ANNOTATION,
+    Object,
+    Owner,
+    timestamp,
+)
+from mailsluice_operator.credentials import Passwords
 from mailsluice_operator.resource.models import AllowedNamespaces, SmtpRelay, SmtpUser, SmtpUserGrant
 from mailsluice_operator.resource.pod import LabelSelector
 from mailsluice_operator.resource.quantities import octets
@@ -299,7 +306,7 @@ def user_secret_name(user: SmtpUser) -> str:
     return user.spec.secret_name or f"{user.metadata.name}-smtp"
 
 
-def user_secret(relay: SmtpRelay, user: SmtpUser, password: str, bundle: bytes) -> Object | None:
+def user_secret(relay: SmtpRelay, user: SmtpUser, passwords: Passwords, bundle: bytes) -> Object | None:
     """The Secret that an application sends with; None when the relay has no listener with TLS to send it to.
 
     Port 587 with STARTTLS is what most libraries expect, and 465 what RFC 8314 prefers; 25 is for servers.
@@ -308,13 +315,18 @@ def user_secret(relay: SmtpRelay, user: SmtpUser, password: str, bundle: bytes) 
     ranked = sorted(usable, key=lambda listener: ({587: 0, 465: 1}.get(listener.port, 2), listener.port))
     if not ranked:
         return None
+    annotations = {ROTATED_ANNOTATION: timestamp(passwords.made_at)}
+    if passwords.former_until is not None:
+        annotations[FORMER_UNTIL_ANNOTATION] = timestamp(passwords.former_until)
     return secrets.user_secret(
         owner_of(user),
         user_secret_name(user),
         host=service_host(relay),
         port=ranked[0].port,
         login=user.spec.login,
-        password=password,
+        password=passwords.current,
+        former_password=passwords.former,
+        annotations=annotations,
         implicit_tls=ranked[0].mode is ListenerMode.IMPLICIT_TLS,
         bundle=bundle,
     )

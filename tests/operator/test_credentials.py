@@ -1,16 +1,18 @@
-"""The rules of the operator's own certificates: verifiable, renewed in time, and never touched without need."""
+"""The rules of what the operator makes: certificates that verify and are renewed in time, passwords that rotate."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
 from mailsluice_operator import credentials
+from mailsluice_operator.credentials import next_rotation, rotated
 
 NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 NAMES = credentials.service_names("mail.example.test", "outbound", "shop")
@@ -122,3 +124,35 @@ def test_a_password_has_256_bits_and_needs_no_quoting() -> None:
 
     assert credentials.new_password(randomness) == "_" * 42 + "8"
     assert asked == [32]
+
+
+# --- Passwords of SmtpUsers -------------------------------------------------------------------------------------------
+
+MONTH = datetime.timedelta(days=30)
+
+
+def numbered() -> Callable[[int], bytes]:
+    numbers = itertools.count(1)
+    return lambda length: next(numbers).to_bytes(length, "big")
+
+
+def test_a_password_is_replaced_in_time_and_the_former_one_is_taken_for_the_overlap() -> None:
+    random = numbered()
+    first = rotated(None, MONTH, DAY, NOW, random)
+    assert rotated(first, MONTH, DAY, NOW + MONTH - DAY, random) == first
+    assert next_rotation(first, MONTH) == NOW + MONTH
+    second = rotated(first, MONTH, DAY, NOW + MONTH, random)
+    assert second.current != first.current
+    assert (second.former, second.former_until) == (first.current, NOW + MONTH + DAY)
+    assert rotated(second, MONTH, DAY, NOW + MONTH + DAY / 2, random) == second
+    third = rotated(second, MONTH, DAY, NOW + MONTH + DAY, random)
+    assert (third.current, third.former, third.made_at) == (second.current, None, second.made_at)
+
+
+def test_without_rotation_a_password_stays_and_an_overlap_that_was_promised_is_kept() -> None:
+    random = numbered()
+    first = rotated(None, None, DAY, NOW, random)
+    assert rotated(first, None, DAY, NOW + 100 * MONTH, random) == first
+    assert next_rotation(first, None) is None
+    second = rotated(first, MONTH, DAY, NOW + MONTH, random)
+    assert rotated(second, None, datetime.timedelta(0), NOW + MONTH + DAY / 2, random).former == first.current

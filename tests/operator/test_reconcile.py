@@ -5,9 +5,11 @@ Everything else is proven on a real API server (test_operator_on_cluster). The o
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import datetime
+import itertools
 from typing import Any, cast
 
 import pytest
@@ -21,6 +23,7 @@ from mailsluice_operator.cluster.objects import (
     SECRET,
     SERVICE,
     SMTP_RELAY,
+    SMTP_USER,
     STATEFUL_SET,
     Kind,
     Object,
@@ -30,9 +33,9 @@ from mailsluice_operator.cluster.objects import (
 )
 from mailsluice_operator.cluster.store import Store
 from mailsluice_operator.reconcile.context import Context, PodReport
-from mailsluice_operator.reconcile.index import Index
+from mailsluice_operator.reconcile.index import Index, relay_named_by
 from mailsluice_operator.reconcile.reconciler import Reconciler
-from mailsluice_relay.config import decode
+from mailsluice_relay.config import decode, hash_password
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 OUT = Reference(SMTP_RELAY, "mail", "out")
@@ -111,6 +114,7 @@ class World:
 
 def new_world(*, namespaced: bool = False) -> World:
     api = KeptObjects()
+    numbers = itertools.count(1)
 
     async def probe(address: str) -> PodReport | None:
         return world.reports.get(address)
@@ -122,7 +126,7 @@ def new_world(*, namespaced: bool = False) -> World:
         settings=PodSettings("relay:1"),
         now=lambda: START + datetime.timedelta(seconds=world.seconds),
         monotonic=lambda: world.seconds,
-        randomness=bytes,
+        randomness=lambda length: next(numbers).to_bytes(length, "big"),
         probe=probe,
         enqueue=lambda _key, _delay: None,
         namespaced=namespaced,
@@ -339,3 +343,85 @@ async def test_kinds_that_the_cluster_does_not_know_are_reported_and_the_rest_is
     assert world.condition("Degraded") == ("True", "KindNotServed")
     assert Reference(STATEFUL_SET, "mail", "out") in world.api.objects
     assert not any(where.kind in OPTIONAL for where in world.api.objects)
+
+
+NEWS = Reference(SMTP_USER, "mail", "news")
+HOUR = 3600.0
+
+
+def news(every: str = "720h", overlap: str = "24h") -> Object:
+    rotation = {"every": every, "overlap": overlap}
+    return {
+        "apiVersion": "mailsluice.dev/v1alpha1",
+        "kind": "SmtpUser",
+        "metadata": {"name": "news", "namespace": "mail"},
+        "spec": {"relayRef": {"name": "out"}, "login": "news@example.test", "rotation": rotation},
+    }
+
+
+async def settle_user(world: World) -> None:
+    world.tell(provider())
+    world.tell(relay(authentication={"smtpUsers": {"logins": ["*@example.test"]}}))
+    world.tell(news())
+    world.context.index.set_relay(NEWS, relay_named_by(news()))
+    await world.reconcile()
+    await world.reconciler(NEWS)
+    await world.reconcile()
+
+
+def password(world: World) -> str:
+    return decoded(world.found(SECRET, "news-smtp"))["password"].decode()
+
+
+def can_log_in(world: World, *passwords: str) -> list[bool]:
+    """Whether the relay, as it is configured now, takes each of these passwords."""
+
+    def fits(hashed: str, given: str) -> bool:
+        salt = hashed.split("$")[3]
+        return hashed == hash_password(given, base64.b64decode(salt + "=" * (-len(salt) % 4)))
+
+    packed = decoded(world.found(SECRET, "out-config"))["config.json.gz"]
+    (user,) = decode(packed).authentication.users
+    return [any(fits(hashed, given) for hashed in user.hashes) for given in passwords]
+
+
+async def test_a_rotated_password_is_taken_beside_the_former_one_until_the_overlap_ends(world: World) -> None:
+    await settle_user(world)
+    first = password(world)
+    again = await world.reconciler(NEWS)
+    assert again == pytest.approx(720 * HOUR, abs=2)
+    status = world.found(SMTP_USER, "news")["status"]
+    assert (status["rotatedAt"], status["nextRotation"]) == ("2026-01-01T00:00:00Z", "2026-01-31T00:00:00Z")
+
+    world.seconds = 720 * HOUR + 1
+    again = await world.reconciler(NEWS)
+    assert again == pytest.approx(24 * HOUR, abs=2)
+    await world.reconcile()
+    second = password(world)
+    assert second != first
+    assert can_log_in(world, first, second, "another") == [True, True, False]
+    before = world.api.writes
+    await world.reconciler(NEWS)
+    await world.reconcile()
+    assert world.api.writes == before
+
+    world.seconds = 744 * HOUR + 3
+    await world.reconciler(NEWS)
+    await world.reconcile()
+    assert password(world) == second
+    assert "former-password" not in decoded(world.found(SECRET, "news-smtp"))
+    assert can_log_in(world, first, second) == [False, True]
+
+
+async def test_no_password_is_changed_that_the_relay_would_not_learn_of(world: World) -> None:
+    await settle_user(world)
+    first = password(world)
+    spec = world.found(SMTP_RELAY, "out")["spec"]
+    world.tell({**relay(), "spec": {**spec, "paused": True}})
+    world.seconds = 800 * HOUR
+    assert await world.reconciler(NEWS) == 60
+    assert password(world) == first
+    world.tell({**relay(), "spec": spec})
+    await world.reconcile()
+    await world.reconciler(NEWS)
+    assert password(world) != first

@@ -62,6 +62,11 @@ class Secret:
         """For the hash of the one password in it: the same until the Secret changes, and never that of another."""
         return hmac.digest(self.uid.encode(), self.resource_version.encode(), hashlib.sha256)[:16]
 
+    @property
+    def former_salt(self) -> bytes:
+        """For the hash of a second password in it, the one that was replaced."""
+        return hmac.digest(self.uid.encode(), f"{self.resource_version}/former".encode(), hashlib.sha256)[:16]
+
 
 @dataclass(frozen=True)
 class Built:

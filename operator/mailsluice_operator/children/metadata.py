@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping
@@ -29,8 +30,17 @@ REVISION_ANNOTATION: Final = "mailsluice.dev/revision"
 LISTENERS_ANNOTATION: Final = "mailsluice.dev/listeners"
 """On pods: fingerprint of what of the listeners a running relay cannot change."""
 RESTARTED_ANNOTATION: Final = "mailsluice.dev/restartedAt"
+ROTATED_ANNOTATION: Final = "mailsluice.dev/rotated-at"
+"""On a SmtpUser's Secret: when its password was made (RFC 3339)."""
+FORMER_UNTIL_ANNOTATION: Final = "mailsluice.dev/former-until"
+"""On a SmtpUser's Secret: until when its former password is taken (RFC 3339)."""
 DISCARD_QUEUE_ANNOTATION: Final = "mailsluice.dev/discard-queue"
 DRAIN_FINALIZER: Final = "mailsluice.dev/drain"
+
+
+def timestamp(moment: datetime.datetime) -> str:
+    """As the API writes times."""
+    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def plain(value: msgspec.Struct) -> Object:

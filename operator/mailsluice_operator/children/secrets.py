@@ -22,6 +22,8 @@ from mailsluice_operator.children.metadata import (
 
 CONFIG_KEY: Final = "config.json.gz"
 REVISION_KEY: Final = "revision"
+FORMER_PASSWORD_KEY: Final = "former-password"
+"""While a password that was replaced is still taken, so that the operator need not remember it elsewhere."""
 BINDING_TYPE: Final = "servicebinding.io/smtp"
 """As Service Binding 1.1 names the types of such Secrets, whose well-known keys `user_secret` fills."""
 
@@ -69,7 +71,17 @@ def authority_config_map(owner: Owner, bundle: bytes) -> Object:
 
 
 def user_secret(
-    owner: Owner, name: str, *, host: str, port: int, login: str, password: str, implicit_tls: bool, bundle: bytes
+    owner: Owner,
+    name: str,
+    *,
+    host: str,
+    port: int,
+    login: str,
+    password: str,
+    implicit_tls: bool,
+    bundle: bytes,
+    former_password: str | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> Object:
     """What an application needs to send: by key, and as one URI."""
     scheme = "smtps" if implicit_tls else "smtp"
@@ -83,7 +95,18 @@ def user_secret(
         "tls": "implicit" if implicit_tls else "starttls",
         "uri": f"{scheme}://{quote(login, safe='')}:{quote(password, safe='')}@{host}:{port}",
     }
+    if former_password is not None:
+        values[FORMER_PASSWORD_KEY] = former_password
     data = {key: value.encode() for key, value in values.items()}
     if bundle:
         data["ca.crt"] = bundle
-    return child("v1", "Secret", name, owner, labels=user_labels(owner.name), type=BINDING_TYPE, data=encoded(data))
+    return child(
+        "v1",
+        "Secret",
+        name,
+        owner,
+        labels=user_labels(owner.name),
+        annotations=annotations,
+        type=BINDING_TYPE,
+        data=encoded(data),
+    )

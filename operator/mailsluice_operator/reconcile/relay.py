@@ -25,6 +25,7 @@ from mailsluice_operator.children.metadata import (
     authority_name,
     config_name,
     selector,
+    timestamp,
 )
 from mailsluice_operator.children.secrets import CONFIG_KEY, config_secret, decoded
 from mailsluice_operator.cluster.objects import (
@@ -47,7 +48,7 @@ from mailsluice_operator.resource.models import Autoscaling, SmtpRelay, relay_fr
 from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.references import secret_uses
 from mailsluice_operator.resource.status import SmtpRelayStatus
-from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status, timestamp
+from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status
 from mailsluice_relay.config import ConfigurationError, QueueMode, decode, encode
 
 log = logging.getLogger(__name__)
@@ -245,8 +246,8 @@ class RelayReconciler:
                 relay,
                 secrets=read,
                 users=[
-                    configuration.smtp_user(user, relay, (self._hashes(password, secret.salt),))
-                    for user, secret, password in granted
+                    configuration.smtp_user(user, relay, self._hashes.of(passwords, secret))
+                    for user, secret, passwords in granted
                 ],
                 server=material.server_files() if material is not None else {},
                 replicas=step.replicas,

@@ -5,6 +5,7 @@ The login itself reaches the relay by the relay's own reconcile, which reads the
 
 from __future__ import annotations
 
+import datetime
 from typing import Final
 
 import msgspec
@@ -13,18 +14,22 @@ from mailsluice_operator import desired
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import authority_name
 from mailsluice_operator.cluster.objects import CONFIG_MAP, SECRET, SMTP_USER, Object, Reference
-from mailsluice_operator.credentials import new_password
+from mailsluice_operator.credentials import Passwords, next_rotation, rotated
 from mailsluice_operator.reconcile import users
 from mailsluice_operator.reconcile.context import Context, Key
 from mailsluice_operator.reconcile.index import relay_named_by
 from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwanted, ensure_child, write_status
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, relay_from, user_from
+from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.status import SmtpUserStatus
 from mailsluice_operator.status import user_status
 from mailsluice_relay.config import login_key
 
 NAME_TAKEN_RETRY: Final = 30.0
 """Seconds after which is looked again whether a foreign Secret still has the name: no watch tells of it."""
+
+POSTPONED: Final = 60.0
+"""Seconds after which is looked again whether the relay takes a new password."""
 
 
 async def reconcile_user(context: Context, key: Key) -> float | None:
@@ -55,11 +60,16 @@ async def reconcile_user(context: Context, key: Key) -> float | None:
     )
     if decision is None:  # the index will have it when the watch has told; the event brings this key back
         return None
-    unready: Fact | None = None
-    if decision.refused is None:
-        unready = await _ensure_secret(context, user, relay, relay_key) or _relay_unready(relay)
-    await _report(context, body, user, decision.refused, unready, relay)
-    return NAME_TAKEN_RETRY if unready is not None and unready.reason == "NameTaken" else None
+    if decision.refused is not None:
+        await _report(context, body, user, decision.refused, None, relay)
+        return None
+    passwords = _passwords(context, user, relay)
+    unready = await _ensure_secret(context, user, relay, relay_key, passwords)
+    if unready is not None:
+        await _report(context, body, user, None, unready, relay)
+        return NAME_TAKEN_RETRY if unready.reason == "NameTaken" else None
+    await _report(context, body, user, None, _relay_unready(relay), relay, passwords)
+    return _until_change(context, user, passwords)
 
 
 def key_of(user: SmtpUser) -> Key:
@@ -75,13 +85,49 @@ def _relay(body: Object | None) -> SmtpRelay | None:
         return None
 
 
-async def _ensure_secret(context: Context, user: SmtpUser, relay: SmtpRelay, relay_key: Key) -> Fact | None:
+def _secret_of(user: SmtpUser) -> Reference:
+    return Reference(SECRET, user.metadata.namespace, desired.user_secret_name(user))
+
+
+def _every(user: SmtpUser) -> datetime.timedelta | None:
+    rotation = user.spec.rotation
+    return datetime.timedelta(seconds=seconds(rotation.every)) if rotation is not None else None
+
+
+def _takes_changes(relay: SmtpRelay) -> bool:
+    """Whether the relay would learn of a new password: not while it is paused, or its configuration cannot be used."""
+    return not relay.spec.paused and any(
+        condition.type == "ConfigurationValid" and condition.status == "True" for condition in relay.status.conditions
+    )
+
+
+def _passwords(context: Context, user: SmtpUser, relay: SmtpRelay) -> Passwords:
+    """The passwords that the user has from now on."""
+    rotation = user.spec.rotation
+    overlap = datetime.timedelta(seconds=seconds(rotation.overlap) if rotation is not None else 0.0)
+    held = users.passwords_of(context.store.get(_secret_of(user)), user)
+    if held is not None and not _takes_changes(relay):
+        return held
+    return rotated(held, _every(user), overlap, context.now(), context.randomness)
+
+
+def _until_change(context: Context, user: SmtpUser, passwords: Passwords) -> float | None:
+    """Seconds until the time of one of the passwords is over."""
+    moments = [moment for moment in (passwords.former_until, next_rotation(passwords, _every(user))) if moment]
+    if not moments:
+        return None
+    left = (min(moments) - context.now()).total_seconds()
+    return left + 1.0 if left > 0 else POSTPONED
+
+
+async def _ensure_secret(
+    context: Context, user: SmtpUser, relay: SmtpRelay, relay_key: Key, passwords: Passwords
+) -> Fact | None:
     """Make or repair the Secret; returns why it cannot be."""
-    where = Reference(SECRET, user.metadata.namespace, desired.user_secret_name(user))
+    where = _secret_of(user)
     authority = context.store.get(Reference(CONFIG_MAP, relay_key.namespace, authority_name(relay_key.name)))
     bundle = (authority.get("data") or {}).get("ca.crt", "").encode() if authority is not None else b""
-    password = users.password_of(context.store.get(where), user) or new_password(context.randomness)
-    wanted = desired.user_secret(relay, user, password, bundle)
+    wanted = desired.user_secret(relay, user, passwords, bundle)
     if wanted is None:
         return Fact(
             "NoListener",
@@ -115,6 +161,7 @@ async def _report(
     refused: Fact | None,
     unready: Fact | None,
     relay: SmtpRelay | None,
+    passwords: Passwords | None = None,
 ) -> None:
     status = user_status(
         user.status if user is not None else SmtpUserStatus(),
@@ -126,6 +173,8 @@ async def _report(
         suspended=user is not None
         and relay is not None
         and login_key(user.spec.login) in map(login_key, relay.spec.authentication.suspended_logins),
+        rotated_at=passwords.made_at if passwords is not None else None,
+        next_rotation=next_rotation(passwords, _every(user)) if passwords is not None and user is not None else None,
         now=context.now(),
     )
     if refused is not None:

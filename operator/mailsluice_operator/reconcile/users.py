@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 from collections.abc import Mapping
 from typing import Final
 
@@ -10,15 +11,18 @@ import msgspec
 
 from mailsluice_operator import desired
 from mailsluice_operator.children import configuration
-from mailsluice_operator.children.secrets import BINDING_TYPE, decoded
+from mailsluice_operator.children.metadata import FORMER_UNTIL_ANNOTATION, ROTATED_ANNOTATION
+from mailsluice_operator.children.secrets import BINDING_TYPE, FORMER_PASSWORD_KEY, decoded
 from mailsluice_operator.cluster.objects import (
     NAMESPACE,
     SECRET,
     Object,
     Reference,
+    annotations_of,
     controller_of,
     labels_of,
 )
+from mailsluice_operator.credentials import Passwords
 from mailsluice_operator.desired import Decision
 from mailsluice_operator.reconcile.context import Context, Key
 from mailsluice_operator.reconcile.secrets import value_of
@@ -49,8 +53,8 @@ def namespace_labels(context: Context, namespace: str) -> Mapping[str, str] | No
     return labels_of(body) if body is not None else None
 
 
-def password_of(secret: Object | None, user: SmtpUser) -> str | None:
-    """The password in a user's Secret, if the Secret is this user's own and the password may be kept."""
+def passwords_of(secret: Object | None, user: SmtpUser) -> Passwords | None:
+    """The passwords in a user's Secret, if the Secret is this user's own and they may be kept."""
     if secret is None or secret.get("type") != BINDING_TYPE:
         return None
     owner = controller_of(secret)
@@ -61,7 +65,25 @@ def password_of(secret: Object | None, user: SmtpUser) -> str | None:
     except UnicodeDecodeError:
         return None
     password = data.get("password", "")
-    return password if data.get("username") == user.spec.login and len(password) >= MINIMUM_PASSWORD else None
+    if data.get("username") != user.spec.login or len(password) < MINIMUM_PASSWORD:
+        return None
+    annotations, former = annotations_of(secret), data.get(FORMER_PASSWORD_KEY, "")
+    former_until = _moment(annotations.get(FORMER_UNTIL_ANNOTATION))
+    made_at = _moment(annotations.get(ROTATED_ANNOTATION)) or _moment(secret["metadata"]["creationTimestamp"])
+    if made_at is None:
+        return None
+    if former_until is None or len(former) < MINIMUM_PASSWORD:
+        return Passwords(password, made_at)
+    return Passwords(password, made_at, former, former_until)
+
+
+def _moment(text: str | None) -> datetime.datetime | None:
+    """A time of an annotation; None where somebody has taken it off or made something else of it."""
+    try:
+        found = datetime.datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else None
 
 
 class Hashes:
@@ -80,6 +102,13 @@ class Hashes:
                 if text.startswith("$scrypt$"):
                     self._known.setdefault(text.split("$")[3], text)
 
+    def of(self, passwords: Passwords, secret: configuration.Secret) -> tuple[str, ...]:
+        """The hashes of all passwords that a user may log in with now."""
+        hashes = [self(passwords.current, secret.salt)]
+        if passwords.former is not None:
+            hashes.append(self(passwords.former, secret.former_salt))
+        return tuple(hashes)
+
     def __call__(self, password: str, salt: bytes) -> str:
         """The hash; made only when this version of the Secret has not been met."""
         name = base64.b64encode(salt).decode().rstrip("=")
@@ -89,13 +118,15 @@ class Hashes:
         return known
 
 
-def granted(context: Context, relay_key: Key, relay: SmtpRelay) -> list[tuple[SmtpUser, configuration.Secret, str]]:
-    """The users that get a login, whose Secret is there, with the password in it."""
-    found: list[tuple[SmtpUser, configuration.Secret, str]] = []
+def granted(
+    context: Context, relay_key: Key, relay: SmtpRelay
+) -> list[tuple[SmtpUser, configuration.Secret, Passwords]]:
+    """The users that get a login, whose Secret is there, with the passwords in it."""
+    found: list[tuple[SmtpUser, configuration.Secret, Passwords]] = []
     for decision in decisions(context, relay_key, relay):
         user = decision.user
         secret = context.store.get(Reference(SECRET, user.metadata.namespace, desired.user_secret_name(user)))
-        password = password_of(secret, user)
-        if decision.refused is None and secret is not None and password is not None:
-            found.append((user, value_of(secret), password))
+        passwords = passwords_of(secret, user)
+        if decision.refused is None and secret is not None and passwords is not None:
+            found.append((user, value_of(secret), passwords))
     return found

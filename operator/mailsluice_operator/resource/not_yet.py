@@ -23,14 +23,9 @@ class NotYet:
 
 def not_yet(resource: SmtpRelay | SmtpUser) -> tuple[NotYet, ...]:
     """Everything that the resource says to no effect."""
-    if isinstance(resource, SmtpUser):
-        return tuple(_of_user(resource))
+    if isinstance(resource, SmtpUser):  # everything in it has its effect
+        return ()
     return tuple(found for look in _LOOKS for found in look(resource))
-
-
-def _of_user(user: SmtpUser) -> Iterator[NotYet]:
-    if user.spec.rotation is not None:
-        yield NotYet("spec.rotation", "passwords are not changed by themselves yet; delete the Secret to get a new one")
 
 
 def _tls(relay: SmtpRelay) -> Iterator[NotYet]:
