@@ -13,6 +13,7 @@ from typing import Final, Literal, NamedTuple
 
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import timestamp
+from mailsluice_operator.children.monitoring import QUEUE_OLD
 from mailsluice_operator.resource.status import (
     Condition,
     ConfigurationStatus,
@@ -43,6 +44,10 @@ class PodView:
     revision: str | None = None
     draining: bool = False
     queued: int | None = None
+    oldest_seconds: float = 0.0
+    """Age of its oldest message that is not held."""
+    configuration_error: str = ""
+    """Why it keeps an older configuration than the one that it read last."""
     upstreams_down: tuple[UpstreamDown, ...] = ()
     limit_store_error: str | None = None
     """Why the store of spec.rateLimitStore cannot be used; None while it can, and where there is none."""
@@ -184,6 +189,13 @@ def _degraded(view: RelayView) -> list[Fact]:
         down |= {upstream.name: upstream for upstream in pod.upstreams_down}
         if pod.unschedulable is not None:
             found.append(Fact("PodsUnschedulable", f"Pod {pod.name} finds no node: {pod.unschedulable}"))
+        if pod.configuration_error:
+            found.append(
+                Fact(
+                    "ConfigurationRefused",
+                    f"Pod {pod.name} goes on with an older configuration: {pod.configuration_error}.",
+                )
+            )
     for name, upstream in sorted(down.items()):
         if upstream.refuses_login:
             words = f"Upstream {name} refuses the login in its credentialsSecretRef: {upstream.error}"
@@ -193,6 +205,12 @@ def _degraded(view: RelayView) -> list[Fact]:
     stores = [pod.limit_store_error for pod in view.pods if pod.limit_store_error is not None]
     if stores:
         found.append(Fact("LimitStoreUnavailable", f"The store of spec.rateLimitStore cannot be used: {stores[0]}."))
+    found += (
+        # Without the age itself: the status would change with every look at the pod.
+        Fact("QueueOld", f"Pod {pod.name} has mail that waits for more than {QUEUE_OLD // 60} minutes.")
+        for pod in view.pods
+        if pod.oldest_seconds > QUEUE_OLD
+    )
     engines = dict(engine for pod in view.pods for engine in pod.engines_down)
     found += (
         Fact("EngineUnavailable", f"Engine {name} gives no verdict: {error}.")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 
+from mailsluice_operator.app import probe
 from mailsluice_operator.app.probe import PodProbe
 from mailsluice_relay import config
 from mailsluice_relay.app import Application, Options
+from mailsluice_relay.dispatch import QueueCounts
 from mailsluice_relay.envelope import Client, Content, Envelope, Login, Mailbox, Recipient
 from mailsluice_relay.reload import Loaded
 
@@ -68,10 +72,10 @@ async def test_services_that_a_relay_asks_in_vain_are_seen(tmp_path: Path, close
     credentials = {"store.url": f"redis://:sesame@127.0.0.1:{closed}/0".encode()}
     relay = Application(options, Loaded(configuration, credentials))
     async with relay._started(), aiohttp.ClientSession() as session:
-        probe = PodProbe(session, relay.administration.address[1])
+        ask = PodProbe(session, relay.administration.address[1])
 
         async def store_is_seen() -> bool:
-            report = await probe("127.0.0.1")
+            report = await ask("127.0.0.1")
             return report is not None and report.limit_store_error is not None
 
         await eventually(store_is_seen)
@@ -80,8 +84,13 @@ async def test_services_that_a_relay_asks_in_vain_are_seen(tmp_path: Path, close
         content = Content(b"From: ann@example.test\r\n", Octets(b"Hello\r\n"))
         judgement = await relay.admission.message(client, envelope, content, queue_id="Q1")
         assert judgement.verdict.is_positive  # onFailure Allow, both of them
-        report = await probe("127.0.0.1")
+        report = await ask("127.0.0.1")
     assert report is not None
     assert report.revision == "r7"
     assert [name for name, _ in report.engines_down] == ["clamd"]
     assert "sesame" not in str(report)
+
+
+def test_what_is_read_of_a_queue_is_told_by_a_relay() -> None:
+    told = {field.name for field in dataclasses.fields(QueueCounts)}
+    assert {field.encode_name for field in msgspec.structs.fields(probe._Queue)} <= told

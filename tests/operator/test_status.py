@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -177,3 +178,21 @@ def test_who_is_asked_about_mail_and_does_not_answer_is_named_once() -> None:
     assert found.reason == "LimitStoreUnavailable"
     for words in ("connection refused", "Engine clamd", "no verdict within 20 s", "Engine rspamd"):
         assert found.message.count(words) == 1
+
+
+def test_mail_that_waits_too_long_degrades_and_its_age_writes_no_status() -> None:
+    def waiting(seconds: float) -> SmtpRelayStatus:
+        return status(pods=(dataclasses.replace(CURRENT, oldest_seconds=seconds),))
+
+    assert of(waiting(3599), "Degraded").status == "False"
+    assert of(waiting(3700), "Degraded").reason == "QueueOld"
+    assert waiting(3700) == waiting(9000)
+    assert truth(waiting(3700))["Ready"] == "True"
+
+
+def test_a_pod_that_refuses_a_configuration_is_named_with_its_reason() -> None:
+    refusing = dataclasses.replace(CURRENT, revision="r0", configuration_error="listeners: cannot change")
+    found = status(pods=(refusing,))
+    assert of(found, "Degraded").reason == "ConfigurationRefused"
+    assert "out-0" in of(found, "Degraded").message
+    assert "listeners: cannot change" in of(found, "Degraded").message

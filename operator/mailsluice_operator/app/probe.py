@@ -19,6 +19,7 @@ class _Queue(msgspec.Struct):
     active: int = 0
     deferred: int = 0
     held: int = 0
+    oldest_seconds: float = 0.0
 
 
 class _Upstream(msgspec.Struct):
@@ -36,6 +37,7 @@ class _Service(msgspec.Struct):
 
 class _Readiness(msgspec.Struct):
     revision: str
+    configuration_error: str = msgspec.field(default="", name="configurationError")
     draining: bool = False
     queue: _Queue | None = None
     upstreams: dict[str, _Upstream] = {}
@@ -63,6 +65,8 @@ class PodProbe:
             revision=answer.revision,
             draining=answer.draining,
             queued=queue.active + queue.deferred + queue.held if queue is not None else None,
+            oldest_seconds=queue.oldest_seconds if queue is not None else 0.0,
+            configuration_error=answer.configuration_error,
             upstreams_down=tuple(
                 UpstreamDown(name, state.last_error, refuses_login=state.failure == "authentication")
                 for name, state in sorted(answer.upstreams.items())

@@ -30,6 +30,8 @@ class PodReport:
     revision: str
     draining: bool
     queued: int | None
+    oldest_seconds: float = 0.0
+    configuration_error: str = ""
     upstreams_down: tuple[UpstreamDown, ...] = ()
     limit_store_error: str | None = None
     engines_down: tuple[tuple[str, str], ...] = ()

@@ -122,6 +122,8 @@ def _view(pod: Object, answer: _Answer | None) -> PodView:
         revision=report.revision if report is not None else None,
         draining=report is not None and report.draining,
         queued=report.queued if report is not None else None,
+        oldest_seconds=report.oldest_seconds if report is not None else 0.0,
+        configuration_error=report.configuration_error if report is not None else "",
         upstreams_down=report.upstreams_down if report is not None else (),
         limit_store_error=report.limit_store_error if report is not None else None,
         engines_down=report.engines_down if report is not None else (),
