@@ -15,8 +15,16 @@ from typing import Final
 from mailsluice_relay.config import UpstreamLimits
 from mailsluice_relay.delivery.allowance import Allowance
 from mailsluice_relay.delivery.client import Connection, Mail, Timeouts
-from mailsluice_relay.delivery.mx import Destination, MailExchangers, UndeliverableError
-from mailsluice_relay.delivery.outcome import FailureClass, Fault, Outcome, Retry, Stage, should_fail_over
+from mailsluice_relay.delivery.mx import Destination, MailExchangers
+from mailsluice_relay.delivery.outcome import (
+    FailureClass,
+    Fault,
+    Outcome,
+    Retry,
+    Stage,
+    UndeliverableError,
+    should_fail_over,
+)
 from mailsluice_relay.delivery.pace import Pace
 from mailsluice_relay.delivery.pool import PATIENCE, Clocks, Pool, UpstreamState
 from mailsluice_relay.delivery.target import Target

@@ -20,7 +20,7 @@ import dns.rdatatype
 import dns.resolver
 import idna
 
-from mailsluice_relay.delivery.outcome import Failed, FailureClass, Retry, Stage
+from mailsluice_relay.delivery.outcome import Failed, FailureClass, Retry, Stage, UndeliverableError
 
 LOOKUP_TIMEOUT: Final = 15.0
 """Seconds for one question, asked again meanwhile."""
@@ -29,14 +29,6 @@ MAXIMUM_DESTINATIONS: Final = 10
 """Addresses that are tried for one domain; RFC 5321 section 5.1 asks for two at least."""
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-class UndeliverableError(Exception):
-    """There is nowhere to deliver to: now, or ever."""
-
-    def __init__(self, outcome: Retry | Failed) -> None:
-        super().__init__(outcome.text)
-        self.outcome = outcome
 
 
 @dataclass(frozen=True, slots=True)

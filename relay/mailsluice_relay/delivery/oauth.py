@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
-import jwt
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey
@@ -264,6 +263,8 @@ def assertion(grant: Grant, now: int) -> str:
         "exp": now + ASSERTION_LIFETIME,
         **({"scope": grant.scope} if grant.scope else {}),
     }
+    import jwt  # here and not above: it takes 3 MB, and few grants are signed
+
     key, algorithm = signing_key(grant.private_key)
     return jwt.encode(claims, key, algorithm=algorithm)
 

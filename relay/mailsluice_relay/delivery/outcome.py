@@ -97,6 +97,14 @@ class Failed:
 Outcome = Delivered | Retry | Failed
 
 
+class UndeliverableError(Exception):
+    """There is nowhere to deliver to: now, or ever."""
+
+    def __init__(self, outcome: Retry | Failed) -> None:
+        super().__init__(outcome.text)
+        self.outcome = outcome
+
+
 def should_fail_over(outcome: Retry) -> bool:
     """Not where the upstream may have taken the mail already: another one would make the duplicate certain."""
     maybe_taken = outcome.stage is Stage.END_OF_DATA and outcome.reply is None

@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-import scramp
-
 
 class SaslError(Exception):
     """The server does not keep to the mechanism. The text holds no secret."""
@@ -91,6 +89,9 @@ class ScramSha256:
     _ITERATIONS = re.compile(rb"(?:^|,)i=([0-9]+)")
 
     def __init__(self, user: str, password: str) -> None:
+        import scramp  # here and not above: it takes 3 MB, and nearly all servers offer PLAIN
+
+        self._error: type[Exception] = scramp.ScramException
         try:
             self._client = scramp.ScramClient(["SCRAM-SHA-256"], user, password)
         except scramp.ScramException as error:
@@ -108,7 +109,7 @@ class ScramSha256:
             raise SaslError(f"SCRAM-SHA-256 asks for {int(found[1])} iterations, over {self.MAXIMUM_ITERATIONS}")
         try:
             return self._steps.pop(0)(challenge.decode())
-        except (scramp.ScramException, ValueError) as error:
+        except (self._error, ValueError) as error:
             raise SaslError("the server's part of SCRAM-SHA-256 is not right: is the password?") from error
 
     def _prove(self, challenge: str) -> bytes:

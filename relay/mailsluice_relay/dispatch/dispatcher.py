@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 import structlog
@@ -22,7 +22,6 @@ import structlog
 from mailsluice_relay.config import Configuration, Credentials, Queue, QueueMode
 from mailsluice_relay.delivery.allowance import AllowanceBook
 from mailsluice_relay.delivery.client import Timeouts
-from mailsluice_relay.delivery.mx import MailExchangers
 from mailsluice_relay.delivery.outcome import Delivered
 from mailsluice_relay.delivery.pool import Clocks, UpstreamState
 from mailsluice_relay.dispatch.conclusion import Conclusion, Result, conclude
@@ -43,6 +42,9 @@ from mailsluice_relay.spool.reader import Cursor
 from mailsluice_relay.spool.record import Entry, Standing, State, entry_of
 from mailsluice_relay.spool.spool import Quota, Spool
 from mailsluice_relay.spool.store import Settlement
+
+if TYPE_CHECKING:
+    from mailsluice_relay.delivery.mx import MailExchangers
 
 CONTENT_MEMORY: Final = 32 * 1024 * 1024
 """Octets of content kept in memory for messages just taken; the rest is read again when its turn comes."""

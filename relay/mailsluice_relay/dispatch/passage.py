@@ -9,12 +9,11 @@ ever sent to a part of the recipients that the client believes in.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
 from mailsluice_relay import reply
-from mailsluice_relay.delivery.direct import Direct
-from mailsluice_relay.delivery.mx import UndeliverableError
 from mailsluice_relay.delivery.outcome import (
     Delivered,
     Failed,
@@ -23,6 +22,7 @@ from mailsluice_relay.delivery.outcome import (
     Outcome,
     Retry,
     Stage,
+    UndeliverableError,
     should_fail_over,
 )
 from mailsluice_relay.delivery.pool import Pool
@@ -31,6 +31,9 @@ from mailsluice_relay.dispatch.upstreams import Upstreams
 from mailsluice_relay.envelope import Envelope, Mailbox, Message, Recipient
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.reply import Reason, Reply, Verdict
+
+if TYPE_CHECKING:
+    from mailsluice_relay.delivery.direct import Direct
 
 log = structlog.get_logger("mailsluice.dispatch")
 

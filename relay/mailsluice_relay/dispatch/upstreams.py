@@ -7,7 +7,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -21,8 +21,6 @@ from mailsluice_relay.config import (
 )
 from mailsluice_relay.delivery.allowance import AllowanceBook
 from mailsluice_relay.delivery.client import Mail, Timeouts
-from mailsluice_relay.delivery.direct import Direct
-from mailsluice_relay.delivery.mx import MailExchangers, system_resolver
 from mailsluice_relay.delivery.outcome import (
     Failed,
     FailureClass,
@@ -39,6 +37,10 @@ from mailsluice_relay.dispatch.conclusion import Result
 from mailsluice_relay.envelope import Content, Mailbox
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.spool.record import Entry
+
+if TYPE_CHECKING:
+    from mailsluice_relay.delivery.direct import Direct
+    from mailsluice_relay.delivery.mx import MailExchangers
 
 RECIPIENTS_PER_TRANSACTION: Final = 100
 """What every server must take (RFC 5321 section 4.5.3.1.8)."""
@@ -66,7 +68,7 @@ class Upstreams:
         self._on_up = on_up
         self._timeouts = timeouts
         self._book = book
-        self._exchangers = exchangers or MailExchangers(system_resolver(), random=clocks.random)
+        self._exchangers = exchangers
         self._ordered: tuple[Upstream, ...] = ()
         self._pools: dict[str, Pool | Direct] = {}
         self._recipes: dict[str, object] = {}
@@ -113,20 +115,29 @@ class Upstreams:
     def _new_pool(self, upstream: Upstream, target: Target) -> Pool | Direct:
         on_throttled = self._metrics.upstream_throttled.labels(upstream.name).inc
         if upstream.type is UpstreamType.DIRECT_TO_MX:
-            return Direct(
-                target,
-                upstream.limits,
-                exchangers=self._exchangers,
-                clocks=self._clocks,
-                on_throttled=on_throttled,
-                timeouts=self._timeouts,
-                allowance=self._book.of(upstream.name),
-            )
+            return self._direct(upstream, target, on_throttled)
         return Pool(
             target,
             upstream.limits,
             clocks=self._clocks,
             on_up=self._on_up,
+            on_throttled=on_throttled,
+            timeouts=self._timeouts,
+            allowance=self._book.of(upstream.name),
+        )
+
+    def _direct(self, upstream: Upstream, target: Target, on_throttled: Callable[[float], None]) -> Direct:
+        # Here and not above: a resolver takes 6 MB, and few relays deliver by MX records.
+        from mailsluice_relay.delivery.direct import Direct
+        from mailsluice_relay.delivery.mx import MailExchangers, system_resolver
+
+        if self._exchangers is None:
+            self._exchangers = MailExchangers(system_resolver(), random=self._clocks.random)
+        return Direct(
+            target,
+            upstream.limits,
+            exchangers=self._exchangers,
+            clocks=self._clocks,
             on_throttled=on_throttled,
             timeouts=self._timeouts,
             allowance=self._book.of(upstream.name),

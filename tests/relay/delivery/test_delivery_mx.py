@@ -19,8 +19,8 @@ from mailsluice_relay.delivery import direct as direct_module
 from mailsluice_relay.delivery import mx
 from mailsluice_relay.delivery.client import Mail, Timeouts
 from mailsluice_relay.delivery.direct import Direct
-from mailsluice_relay.delivery.mx import Destination, UndeliverableError, is_public
-from mailsluice_relay.delivery.outcome import Delivered, Failed, Retry
+from mailsluice_relay.delivery.mx import Destination, is_public
+from mailsluice_relay.delivery.outcome import Delivered, Failed, Retry, UndeliverableError
 from mailsluice_relay.delivery.pool import Clocks
 from mailsluice_relay.delivery.target import Target, target_of
 from mailsluice_relay.envelope import Content, Mailbox, Recipient
