@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mailsluice_relay.reply import Reply
+from mailsluice_relay.smtp.data import DOT, find_dot
 
 MAXIMUM_LINE: Final = 4096
 """Octets of one reply line. RFC 5321 section 4.5.3.1.5 says 512; some write longer ones."""
@@ -145,8 +146,8 @@ def dot_stuffed(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if not chunk:
             continue
         # A dot is doubled at the beginning of a line, also where CR LF and dot fall into different chunks.
-        if b"\r\n." in chunk or b"\r\n." in tail + chunk[:2]:
-            yield (tail + chunk).replace(b"\r\n.", b"\r\n..")[len(tail) :]
+        if find_dot(chunk, 0) >= 0 or DOT in tail + chunk[:2]:
+            yield (tail + chunk).replace(DOT, DOT + b".")[len(tail) :]
         else:
             yield chunk  # mostly, and without a copy
         tail = (tail + chunk[-2:])[-2:]

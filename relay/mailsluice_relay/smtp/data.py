@@ -20,6 +20,12 @@ _PREFIXES: Final = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r")
 """What END may have begun with, longest first."""
 
 
+def find_dot(text: bytes, start: int) -> int:
+    """Where the first DOT from `start` is; -1 for none. Base64 has no dots at all, and one octet is found fastest."""
+    dot = text.find(b".", start)
+    return text.find(DOT, max(start, dot - 2)) if dot >= 0 else -1
+
+
 class DataReader:
     """Reads one text. After its end it is used up."""
 
@@ -46,7 +52,7 @@ class DataReader:
             # The text begins as if after a CR LF, the DATA command's own. Mostly it is here in one piece:
             if data.startswith(b".\r\n", start):
                 return b"", start + 3
-            dot = data.find(DOT, start)  # rare, and there is no END without it
+            dot = find_dot(data, start)  # rare, and there is no END without it
             end = data.find(END, dot) if dot >= 0 else -1
             if end >= 0:
                 first = start + 1 if data.startswith(b".", start) else start
@@ -56,7 +62,7 @@ class DataReader:
             held = END[:2]
             self._trim = 2
         work = held + data[start:]
-        dot = work.find(DOT)
+        dot = find_dot(work, 0)
         end = work.find(END, dot) if dot >= 0 else -1
         if end >= 0:
             return self._give(work[: end + 2], last=True, stuffed=dot < end), start + end + 5 - len(held)
@@ -78,8 +84,9 @@ class DataReader:
         """`stuffed`: a line may begin with a dot."""
         if self.defective:
             return b""
-        pairs = piece.count(b"\r\n")
-        alone = piece.count(b"\n") != pairs or piece.count(b"\r") != pairs
+        # `splitlines` takes CR LF, a CR and an LF alone each for one end of a line; it is faster than counting CR LF.
+        ends = len(piece.splitlines()) - (not piece.endswith((b"\r", b"\n")))
+        alone = piece.count(b"\r") + piece.count(b"\n") != 2 * ends
         disputed = last and self._normalize and (self._before + piece[-3:]).endswith(b"\r\r\n")
         if disputed or b"\0" in piece or (alone and not self._normalize):
             self.defective = True
