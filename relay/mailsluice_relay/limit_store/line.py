@@ -78,7 +78,7 @@ class Line:
                     await _read(connection, call.answer)
             self._used = asyncio.get_running_loop().time()
         except LineErrors as error:
-            await connection.disconnect(nowait=True)
+            await connection.disconnect(nowait=True)  # an answer that comes after all must not be taken for the next
             _fail([*calls, *self._waiting], error)
             self._waiting.clear()
         except asyncio.CancelledError:

@@ -249,6 +249,21 @@ async def test_more_than_the_burst_is_refused_for_ever_without_asking(
     assert replica.store.state.up
 
 
+async def test_a_microsecond_counts(server: Server, make_replica: MakeReplica) -> None:
+    """A kilobyte of a gigabyte an hour is worked off in 3.6 ms, an octet of it in 3.6 us."""
+    replica, rate = make_replica(server), limit(amount=1_000_000_000)
+
+    async def arrival() -> float:
+        (key,) = await replica.ask("KEYS", "*")
+        return float(await replica.ask("GET", key))
+
+    assert await replica.passes(charge(500_000_000, of=rate))
+    before = await arrival()
+    for _ in range(10):
+        assert await replica.passes(charge(1, of=rate))
+    assert await arrival() - before == pytest.approx(36, abs=2)
+
+
 async def test_peeking_takes_nothing(server: Server, make_replica: MakeReplica) -> None:
     replica, one = make_replica(server), charge(of=limit(amount=1))
     assert [(await replica.store.peek([one])).exceeded for _ in range(3)] == [None] * 3
@@ -276,6 +291,7 @@ async def test_a_thousand_at_once_are_all_served_in_few_round_trips(server: Serv
 
 async def test_a_call_that_was_given_up_is_not_sent(server: Server, make_replica: MakeReplica) -> None:
     replica, one, other = make_replica(server), charge(of=limit(amount=1)), charge(of=limit("other", amount=9))
+    assert await replica.passes(other)  # now the server knows the script, and runs what it is sent
     running = asyncio.create_task(replica.passes(other))
     left = asyncio.create_task(replica.passes(one))
     await asyncio.sleep(0)
