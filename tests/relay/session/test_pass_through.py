@@ -408,6 +408,46 @@ async def test_utf8_needs_an_upstream_that_takes_it(start: StartChain, make_upst
     assert server.received == []
 
 
+# --- all or nothing, whatever happens ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(12))
+async def test_who_was_told_250_got_it_once_and_nobody_else(start: StartChain, make_upstream: Any, seed: int) -> None:
+    """Two routes, and upstreams that refuse, defer, break off or close at any step, at random."""
+    chance = random.Random(seed)
+    refusals = ("250 2.1.5 yes", "550 5.1.1 no", "450 4.2.0 later", "452 4.5.3 full", "close", "421 4.3.2 bye")
+
+    def mood() -> dict[str, str | list[str]]:
+        return {
+            "MAIL": chance.choices(("250 2.1.0 yes", "550 5.7.1 no", "close"), (8, 1, 1), k=9),
+            "RCPT": chance.choices(refusals, (10, 2, 2, 1, 1, 1), k=30),
+            "DATA": chance.choices(("354 go", "451 4.3.0 not now", "close"), (8, 1, 1), k=9),
+            ".": chance.choices(("250 2.0.0 yes", "554 5.6.0 no", "close"), (6, 1, 1), k=9),
+        }
+
+    servers = [await make_upstream(answers=mood()) for _ in range(3)]
+    upstreams = (
+        upstream_of(servers[0], "one", match_recipients=("*@one.test",)),
+        upstream_of(servers[1], "two"),
+        upstream_of(servers[2], "backup", priority=20),
+    )
+    expected: list[tuple[bytes, list[str]]] = []
+    async with start(*upstreams) as chain:
+        for number in range(8):
+            client = await chain.client()
+            to = [f"u{index}@{chance.choice(('one', 'two'))}.test" for index in range(chance.randint(1, 3))]
+            marked = TEXT.replace(b"hello", str(number).encode())
+            *answers, last = await client.send(*to, text=marked)
+            if last.startswith("250"):
+                told_yes = [a for a, answer in zip(to, answers, strict=True) if answer.startswith("250")]
+                expected.append((str(number).encode(), told_yes))
+            client.writer.close()
+    delivered = [
+        (item.text.partition(b"Subject: ")[2].partition(b"\r\n")[0], [r[9:-1] for r in item.recipients])
+        for server in servers
+        for item in server.received
+    ]
+    assert sorted(delivered) == sorted(expected)
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 def test_what_a_client_is_told() -> None:
     assert told(Failed(FailureClass.MAILBOX, Stage.RECIPIENT, "x", "5.1.1", Reply(550, "", "näh"))).reply == Reply(
