@@ -425,3 +425,21 @@ async def test_no_password_is_changed_that_the_relay_would_not_learn_of(world: W
     await world.reconcile()
     await world.reconciler(NEWS)
     assert password(world) != first
+
+
+# --- limits of several replicas ---------------------------------------------------------------------------------------
+
+
+async def test_with_a_store_the_limits_are_the_whole_relays(world: World) -> None:
+    several = {"replicas": 3, "rateLimits": [{"name": "hour", "unit": "Messages", "limit": 10, "window": "1h"}]}
+    world.tell(provider())
+    world.tell(relay(**several))
+    await world.reconcile()
+    assert world.condition("Degraded") == ("True", "LimitsPerReplica")
+    url = base64.b64encode(b"redis://valkey.mail.svc:6379/0").decode()
+    world.tell({**provider(), "metadata": {"name": "valkey", "namespace": "mail"}, "data": {"url": url}})
+    world.tell(relay(**several, rateLimitStore={"urlSecretRef": {"name": "valkey"}}))
+    await world.reconcile()
+    await world.reconcile()
+    assert world.condition("Degraded")[0] == "False"
+    assert decoded(world.found(SECRET, "out-credentials"))["rate-limit-store.url"].startswith(b"redis://valkey")
