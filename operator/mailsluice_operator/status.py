@@ -17,6 +17,7 @@ from mailsluice_operator.children.monitoring import QUEUE_OLD
 from mailsluice_operator.resource.status import (
     Condition,
     ConfigurationStatus,
+    DNSRecord,
     Endpoint,
     SmtpRelayStatus,
     SmtpUserStatus,
@@ -81,6 +82,8 @@ class RelayView:
     users: int | None = None
     selector: str | None = None
     queued: int | None = None
+    dns_records: tuple[DNSRecord, ...] | None = None
+    """None: they could not be made up this time."""
 
 
 @dataclass
@@ -142,7 +145,7 @@ def relay_status(before: SmtpRelayStatus, view: RelayView, now: datetime.datetim
         users=view.users if view.users is not None else before.users,
         queued_messages=view.queued if view.queued is not None else before.queued_messages,
         configuration=ConfigurationStatus(revision=view.revision, pods_current=current, pods_total=len(view.pods)),
-        dns_records=before.dns_records,
+        dns_records=view.dns_records if view.dns_records is not None else before.dns_records,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mailsluice_operator.children.facts import Fact
-from mailsluice_operator.resource.status import Condition, SmtpRelayStatus, SmtpUserStatus
+from mailsluice_operator.resource.status import Condition, DNSRecord, SmtpRelayStatus, SmtpUserStatus
 from mailsluice_operator.status import PodView, RelayView, UpstreamDown, endpoints, relay_status, user_status
 
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -196,3 +196,11 @@ def test_a_pod_that_refuses_a_configuration_is_named_with_its_reason() -> None:
     assert of(found, "Degraded").reason == "ConfigurationRefused"
     assert "out-0" in of(found, "Degraded").message
     assert "listeners: cannot change" in of(found, "Degraded").message
+
+
+def test_records_for_dns_stay_while_they_cannot_be_made_up() -> None:
+    record = DNSRecord(name="example.test", type="TXT", value="v=spf1 -all", purpose="SPF")
+    before = status(dns_records=(record,))
+    assert before.dns_records == (record,)
+    assert status(before).dns_records == (record,)
+    assert status(before, dns_records=()).dns_records == ()

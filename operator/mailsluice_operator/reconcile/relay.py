@@ -15,6 +15,7 @@ import msgspec
 from mailsluice_operator import credentials, desired
 from mailsluice_operator.children import configuration
 from mailsluice_operator.children.compare import satisfied
+from mailsluice_operator.children.dns_records import dns_records
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import (
     APPLIED_ANNOTATION,
@@ -47,7 +48,7 @@ from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwante
 from mailsluice_operator.resource.models import Autoscaling, SmtpRelay, relay_from
 from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.references import secret_uses
-from mailsluice_operator.resource.status import SmtpRelayStatus
+from mailsluice_operator.resource.status import DNSRecord, SmtpRelayStatus
 from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status
 from mailsluice_relay.config import ConfigurationError, QueueMode, decode, encode
 
@@ -97,6 +98,7 @@ class _Built:
     authority: Mapping[str, bytes] | None
     logins: int
     degraded: tuple[Fact, ...]
+    dns_records: tuple[DNSRecord, ...]
 
 
 class RelayReconciler:
@@ -171,6 +173,7 @@ class RelayReconciler:
             await self._view(key, relay, revision, changing=step.waiting is not None),
             blocked=blocked,
             users=built.logins,
+            dns_records=built.dns_records,
             wanted_replicas=wanted,
             degraded=tuple(fact for fact in (step.waiting, *built.degraded) if fact is not None),
         )
@@ -268,6 +271,7 @@ class RelayReconciler:
             authority=material.secret() if material is not None else None,
             logins=len(made.configuration.authentication.users),
             degraded=tuple(self._shortcomings(relay, made, exist)),
+            dns_records=dns_records(relay, made),
         )
 
     def _shortcomings(self, relay: SmtpRelay, made: configuration.Built, exist: list[desired.Volume]) -> Iterator[Fact]:

@@ -28,6 +28,8 @@ class Preset:
     """SASL mechanisms, best first; those that need OAuth are used when the Secret holds an OAuth grant."""
     regions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Hosts of regions that may be chosen; left out, `host` stands."""
+    spf: str | None = None
+    """What a sender domain's SPF record includes; None where domains of one's own are not sent for."""
 
     @property
     def needs_region(self) -> bool:
@@ -50,23 +52,23 @@ class Preset:
 
 PRESETS: Final[Mapping[str, Preset]] = {
     # https://docs.aws.amazon.com/ses/latest/dg/smtp-connect.html
-    "AmazonSES": Preset("email-smtp.{region}.amazonaws.com"),
+    "AmazonSES": Preset("email-smtp.{region}.amazonaws.com", spf="amazonses.com"),
     # https://support.google.com/mail/answer/7126229 (an app password, or XOAUTH2)
-    "Gmail": Preset("smtp.gmail.com", mechanisms=_PASSWORD_OR_OAUTH),
+    "Gmail": Preset("smtp.gmail.com", mechanisms=_PASSWORD_OR_OAUTH, spf="_spf.google.com"),
     # https://help.yahoo.com/kb/SLN4724.html (an app password)
     "Yahoo": Preset("smtp.mail.yahoo.com", 465, UpstreamTLSMode.IMPLICIT_TLS),
     # https://yandex.com/support/yandex-360/customers/mail/en/mail-clients/others (an app password)
-    "Yandex": Preset("smtp.yandex.com", 465, UpstreamTLSMode.IMPLICIT_TLS),
+    "Yandex": Preset("smtp.yandex.com", 465, UpstreamTLSMode.IMPLICIT_TLS, spf="_spf.yandex.net"),
     # https://help.mail.ru/mail/mailer/popsmtp (an app password)
-    "MailRu": Preset("smtp.mail.ru", 465, UpstreamTLSMode.IMPLICIT_TLS),
+    "MailRu": Preset("smtp.mail.ru", 465, UpstreamTLSMode.IMPLICIT_TLS, spf="_spf.mail.ru"),
     # https://support.microsoft.com/office/d088b986-291d-42b8-9564-9c414e2aa040 (passwords ended in 2024)
     "Outlook": Preset("smtp-mail.outlook.com", mechanisms=_OAUTH),
     # https://learn.microsoft.com/exchange/mail-flow-best-practices/how-to-set-up-a-multifunction-device-or-application
-    "Microsoft365": Preset("smtp.office365.com", mechanisms=_OAUTH),
+    "Microsoft365": Preset("smtp.office365.com", mechanisms=_OAUTH, spf="spf.protection.outlook.com"),
     # https://www.twilio.com/docs/sendgrid/for-developers/sending-email/integrating-with-the-smtp-api (user `apikey`)
-    "SendGrid": Preset("smtp.sendgrid.net", regions={"eu": "smtp.eu.sendgrid.net"}),
+    "SendGrid": Preset("smtp.sendgrid.net", regions={"eu": "smtp.eu.sendgrid.net"}, spf="sendgrid.net"),
     # https://documentation.mailgun.com/docs/mailgun/user-manual/sending-messages/send-smtp
-    "Mailgun": Preset("smtp.mailgun.org", regions={"eu": "smtp.eu.mailgun.org"}),
+    "Mailgun": Preset("smtp.mailgun.org", regions={"eu": "smtp.eu.mailgun.org"}, spf="mailgun.org"),
     # https://postmarkapp.com/developer/user-guide/send-email-with-smtp
-    "Postmark": Preset("smtp.postmarkapp.com"),
+    "Postmark": Preset("smtp.postmarkapp.com", spf="spf.mtasv.net"),
 }
