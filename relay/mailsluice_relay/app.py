@@ -7,6 +7,7 @@ be delivered within the grace period is delivered, and the rest stays on disk.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import importlib.metadata
 import json
@@ -17,10 +18,12 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Final
 
 import msgspec
 import structlog
@@ -36,6 +39,10 @@ from mailsluice_relay.metrics import Metrics
 
 log = structlog.get_logger()
 
+LOG_DELAY: Final = 0.05
+"""Seconds."""
+LOG_LINES: Final = 256
+"""Lines that are not kept back any longer."""
 MINIMUM_GRACE = 1.0
 """Seconds that deliveries under way get, even when sessions have used up the grace period."""
 
@@ -205,15 +212,58 @@ def ordinal(hostname: str) -> int | None:
     return int(found[1]) if found else None
 
 
+class LogStream:
+    """JSON lines on their way to a file. Those that tell of nothing wrong go together, soon; all others at once.
+
+    A system call for each would cost more than the line, and gives the interpreter's lock to other threads.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lines: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def _add(self, line: bytes) -> None:
+        with self._lock:
+            self._lines.append(line)
+            number = len(self._lines)
+        if number >= LOG_LINES:
+            self.flush()
+        elif number == 1:
+            try:
+                asyncio.get_running_loop().call_later(LOG_DELAY, self.flush)
+            except RuntimeError:  # before the event loop, or in another thread
+                self.flush()
+
+    def _write(self, line: bytes) -> None:
+        with self._lock:
+            self._lines.append(line)
+        self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            lines, self._lines = self._lines, []
+            if lines:
+                self._stream.write(b"\n".join(lines) + b"\n")
+                self._stream.flush()
+
+    debug = info = _add
+    msg = log = warn = warning = err = error = critical = fatal = failure = exception = _write
+
+
 def configure_logging(configuration: Configuration) -> None:
     """One line an event on standard error: JSON, or text for people."""
     level = logging.getLevelName(configuration.logging.level.upper())
     renderer: structlog.typing.Processor
-    factory: structlog.BytesLoggerFactory | structlog.PrintLoggerFactory
+    factory: Callable[..., object]
     if configuration.logging.format == "JSON":
         encoder = msgspec.json.Encoder(enc_hook=repr)
         renderer = structlog.processors.JSONRenderer(serializer=lambda event, **_: encoder.encode(event))
-        factory = structlog.BytesLoggerFactory(sys.stderr.buffer)
+        stream = LogStream(sys.stderr.buffer)
+        atexit.register(stream.flush)
+
+        def factory(*_: object) -> LogStream:
+            return stream
     else:
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         factory = structlog.PrintLoggerFactory(sys.stderr)
