@@ -20,7 +20,7 @@ from pathlib import Path
 import bcrypt
 import trustme
 import uvloop
-from aiosmtpd.smtp import SMTP, Envelope, Session
+from aiosmtpd import smtp
 
 from benchmarks.relays import Running, configuration
 from mailsluice_relay import app, reply
@@ -28,7 +28,7 @@ from mailsluice_relay.admission import Admission, Authentication
 from mailsluice_relay.auth.sasl import Attempt
 from mailsluice_relay.config import Credentials, Listener, ListenerMode, decode
 from mailsluice_relay.dispatch import Dispatcher
-from mailsluice_relay.envelope import Client, Login, Message
+from mailsluice_relay.envelope import Client, Envelope, Login, Message
 from mailsluice_relay.listener import Listeners
 from mailsluice_relay.metrics import Metrics
 from mailsluice_relay.reply import Reason, Reply, Verdict
@@ -47,8 +47,8 @@ class Discarding(Dispatcher):
     def refuses(self) -> Reply | None:
         return None
 
-    def passage(self, _envelope: Envelope) -> None:
-        """Messages are queued."""
+    def passage(self, envelope: Envelope) -> None:
+        """There is none: messages come here."""
 
 
 class NoHash(Admission):
@@ -102,14 +102,14 @@ async def mailsluice(directory: Path, admission_type: type[Admission]) -> None:
 class Handler:
     """aiosmtpd's hook for a whole message."""
 
-    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's
+    async def handle_DATA(self, server: smtp.SMTP, session: smtp.Session, envelope: smtp.Envelope) -> str:  # noqa: N802 - aiosmtpd's
         return "250 OK"
 
 
 async def aiosmtpd() -> None:
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: SMTP(Handler(), hostname="relay.example.test", enable_SMTPUTF8=True, loop=loop),
+        lambda: smtp.SMTP(Handler(), hostname="relay.example.test", enable_SMTPUTF8=True, loop=loop),
         "127.0.0.1",
         0,
         backlog=1024,

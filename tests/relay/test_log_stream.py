@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import io
+from typing import Any
 
 from mailsluice_relay.app import LOG_DELAY, LOG_LINES, LogStream
 
 
+class Output(io.BytesIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = asyncio.Event()
+
+    def write(self, octets: Any) -> int:
+        self.written.set()
+        return super().write(octets)
+
+
 async def test_what_tells_of_nothing_wrong_goes_together_soon() -> None:
-    output = io.BytesIO()
+    output = Output()
     stream = LogStream(output)
     stream.info(b"one")
     stream.info(b"two")
     assert output.getvalue() == b""
     async with asyncio.timeout(LOG_DELAY + 5):
-        while not output.getvalue():
-            await asyncio.sleep(LOG_DELAY / 5)
+        await output.written.wait()
     assert output.getvalue() == b"one\ntwo\n"
 
 
