@@ -33,7 +33,7 @@ lint: setup ## style, types, layers, and whether generated files are current
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/mypy -p benchmarks
+	MYPYPATH=tests/cluster $(BIN)/mypy -p benchmarks
 	MYPYPATH=tests/cluster $(BIN)/mypy --explicit-package-bases tests/cluster
 	MYPYPATH=tests/interop $(BIN)/mypy --explicit-package-bases tests/interop/test_dialogues.py
 	$(BIN)/lint-imports
