@@ -208,6 +208,7 @@ def test_what_has_no_author_is_not_signed() -> None:
         (b"s3cr3t", "x.key holds no PEM private key without a password"),
         (pem(ec.generate_private_key(ec.SECP256R1())), "x.key is neither RSA of at least 1024 bits nor Ed25519"),
     ],
+    ids=["missing", "no key", "another kind"],
 )
 def test_a_key_that_cannot_sign_is_refused_with_its_field(content: bytes | None, said: str) -> None:
     credentials = {} if content is None else {"x.key": content}
