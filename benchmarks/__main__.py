@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks import discard, memory, relays
 from benchmarks.load import Load, Sink
+from benchmarks.machine import Neighbours
 from benchmarks.measure import Run, Series, delivered, logged_in, received
 from benchmarks.report import Bound, Comparison, Report
 
@@ -52,6 +53,7 @@ def main() -> int:
     parts = options.only or ["receive", "logins", "delivery", *([] if options.short else ["memory"])]
     rounds = 1 if options.short else options.rounds
     report = Report()
+    neighbours = Neighbours()
     with _directory() as directory:
         if "receive" in parts:
             _receive(report, directory, rounds, short=options.short)
@@ -61,6 +63,9 @@ def main() -> int:
             _delivery(report, directory, rounds, short=options.short)
         if "memory" in parts:
             _memory(report, directory)
+    report.notes.append(
+        f"Others took {neighbours.cores:.1f} of {os.cpu_count()} cores meanwhile: the more, the less rates tell."
+    )
     report.show(judged=not options.short)
     if options.short:
         return 0

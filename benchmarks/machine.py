@@ -47,6 +47,26 @@ def cpu_seconds(root: int) -> float:
     return sum(process.ticks for process in tree(root).values()) / _TICKS
 
 
+def busy_seconds() -> float:
+    """Processor time that the whole machine has used."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    idle, waiting = fields[3:5]
+    return (sum(fields[:8]) - idle - waiting) / _TICKS
+
+
+class Neighbours:
+    """How much of the machine everybody else takes while something is measured."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._ours = time.monotonic(), busy_seconds(), cpu_seconds(os.getpid())
+
+    @property
+    def cores(self) -> float:
+        """On average, since the beginning."""
+        others = busy_seconds() - self._busy - (cpu_seconds(os.getpid()) - self._ours)
+        return max(0.0, others / (time.monotonic() - self._began))
+
+
 def pss(root: int) -> int:
     """Proportional set size of the whole tree, in octets: shared pages are counted once."""
     total = 0
