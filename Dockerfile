@@ -68,5 +68,6 @@ ENTRYPOINT ["mailsluice-relay"]
 FROM runtime AS operator
 LABEL org.opencontainers.image.description="Kubernetes operator that runs Mailsluice relays"
 COPY --from=operator-tree /opt/mailsluice /opt/mailsluice
-EXPOSE 9090
+# The HTTP of metrics and probes.
+EXPOSE 8080
 ENTRYPOINT ["mailsluice-operator"]

@@ -68,7 +68,7 @@ def serve(
 
     In a pod it uses the pod's ServiceAccount. Elsewhere set KUBECONFIG, for example to try it out:
 
-        KUBECONFIG=~/.kube/config mailsluice-operator --relay-image localhost/mailsluice:dev --namespace mail
+        KUBECONFIG=~/.kube/config mailsluice-operator --relay-image localhost/mailsluice-relay:dev --namespace mail
 
     Of several processes with one Lease (--lease-namespace) one leads and the others wait for it to end.
     """
