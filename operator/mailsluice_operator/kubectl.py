@@ -47,5 +47,6 @@ def _kubectl(*arguments: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise KubectlError(f"kubectl {arguments[0]} gave no answer in {TIMEOUT:.0f} s") from error
     if done.returncode:
-        raise KubectlError(done.stderr.strip() or f"kubectl {arguments[0]} ended with {done.returncode}")
+        last_line = done.stderr.strip().rpartition("\n")[2]
+        raise KubectlError(last_line or f"kubectl {arguments[0]} ended with {done.returncode}")
     return done.stdout

@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from mailsluice_relay.admission import Admission
 from mailsluice_relay.dispatch import Dispatcher
 from mailsluice_relay.metrics import Metrics
+from mailsluice_relay.spool.record import State
 
 MAXIMUM_LISTED = 10_000
 """Messages that one list answers at most."""
@@ -125,8 +126,10 @@ class Administration:
             limit = min(int(query.get("limit", "1000")), MAXIMUM_LISTED)
         except ValueError:
             return _json({"error": "limit: not a number"}, status=400)
+        if (state := query.get("state")) is not None and state not in set(State):
+            return _json({"error": f"state: {state} is none of {', '.join(State)}"}, status=400)
         found = await self._dispatcher.list_messages(
-            state=query.get("state"), login=query.get("login"), recipient=query.get("recipient"), limit=limit
+            state=state, login=query.get("login"), recipient=query.get("recipient"), limit=limit
         )
         return _json(found)
 
@@ -141,7 +144,12 @@ class Administration:
         async def handler(request: web.Request) -> web.Response:
             operation: Callable[[str], Awaitable[bool]] = getattr(self._dispatcher, action)
             queue_id = request.match_info["id"]
-            return _json({"id": queue_id, "done": action}) if await operation(queue_id) else _not_found(request)
+            if await operation(queue_id):
+                return _json({"id": queue_id, "done": action})
+            found = await self._dispatcher.show(queue_id)
+            if found is None:
+                return _not_found(request)
+            return _json({"error": f"message {queue_id} is {found.state}: nothing to {action}"}, status=409)
 
         return handler
 

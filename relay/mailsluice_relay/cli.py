@@ -46,7 +46,9 @@ def serve(
     bind: Annotated[
         list[str] | None, typer.Option(help="Address to listen on; may be given twice (IPv4 and IPv6).")
     ] = None,
-    http_port: Annotated[int, typer.Option(help="Port of /metrics, /healthz and /readyz; 0 picks one.")] = 9090,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz and /readyz; 0 picks one.")
+    ] = 9090,
     ready_file: Annotated[Path | None, typer.Option(help="Written (JSON) when every listener accepts.")] = None,
     grace: Annotated[float, typer.Option(help="Seconds to finish sessions and deliveries after SIGTERM.")] = 25.0,
 ) -> None:
@@ -123,7 +125,8 @@ def ask(data_dir: Path, method: str, path: str, query: Mapping[str, str] | None 
         status, answer = asyncio.run(_ask(data_dir / "control.sock", method, path, query or {}))
     except (OSError, aiohttp.ClientError) as error:
         raise SystemExit(
-            f"mailsluice-relay: no relay runs on {data_dir}: {error}; start it, or name --data-dir"
+            f"mailsluice-relay: no relay runs on {data_dir} (nothing answers at its control.sock); start it, or name "
+            "the data directory of one that runs"
         ) from error
     if status >= 400:
         raise SystemExit(f"mailsluice-relay: {answer['error']}")

@@ -73,6 +73,21 @@ def test_a_missing_secret_is_a_warning_and_with_strict_an_error(tmp_path: Path) 
     assert f"{file}:7: SmtpRelay/outbound: spec.authentication.users[0].secretRef: Secret users" in strict.stdout
 
 
+def test_a_file_without_objects_is_told(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("# nothing\n")
+    assert "holds no object" in mailsluice("check", "-f", str(empty)).stdout
+    assert mailsluice("check", "--strict", "-f", str(empty)).returncode == 1
+
+
+def test_errors_of_the_file_system_are_messages(tmp_path: Path) -> None:
+    minimal = next(path for path in EXAMPLES if path.stem == "minimal")
+    done = mailsluice("run", "-f", str(minimal), "--data-dir", "/proc/nowhere")
+    assert done.returncode == 1
+    assert done.stderr.startswith("mailsluice: /proc/nowhere")
+    assert mailsluice("run", "-f", str(minimal), "--http-port", "99999").returncode == 2
+
+
 def test_passwd_makes_a_line_that_a_relay_takes() -> None:
     done = mailsluice("passwd", "shop@example.test", given="shop-password\n")
     login, hashed = done.stdout.strip().split(":", 1)
@@ -81,7 +96,9 @@ def test_passwd_makes_a_line_that_a_relay_takes() -> None:
     assert "shop-password" not in done.stdout
 
 
-@pytest.mark.parametrize(("login", "given"), [("shop", "secret\n"), ("shop@example.test", "\n"), ("a:b@c.test", "x\n")])
+@pytest.mark.parametrize(
+    ("login", "given"), [("shop", "secret\n"), ("shop@example.test", "\n"), ("a:b@c.test", "x\n"), ("a@@c.test", "x\n")]
+)
 def test_passwd_refuses_what_cannot_be_a_login(login: str, given: str) -> None:
     done = mailsluice("passwd", login, given=given)
     assert done.returncode != 0

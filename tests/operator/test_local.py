@@ -207,6 +207,67 @@ def test_a_changed_file_is_taken_over_without_a_restart(tmp_path: Path) -> None:
             pass
 
 
+def test_files_are_followed_through_every_replacement(tmp_path: Path) -> None:
+    resources = tmp_path / "relay.yaml"
+    write_resources(resources, free_port())
+    with running(resources, tmp_path / "data") as relay:
+        for password in ("first-change", "second-change", "third-change"):
+            write_resources(resources, free_port(), password)  # by renaming, as editors and sed -i do
+
+            def is_taken(password: str = password) -> bool:
+                try:
+                    with relay.client("submission", password):
+                        return True
+                except smtplib.SMTPAuthenticationError:
+                    return False
+
+            eventually(password, is_taken)
+
+
+def test_the_end_of_a_killed_relay_is_named(tmp_path: Path) -> None:
+    write_resources(tmp_path / "relay.yaml", free_port())
+    with running(tmp_path / "relay.yaml", tmp_path / "data") as relay:
+        os.kill(json.loads((tmp_path / "data" / "ready.json").read_text())["pid"], signal.SIGKILL)
+        assert relay.process.wait(timeout=30) == 1
+        assert relay.process.stderr is not None
+        assert "was killed by signal 9" in relay.process.stderr.read()
+
+
+def test_the_queue_is_shown_as_it_is(tmp_path: Path) -> None:
+    """The next server's words are not markup, and an id is never cut."""
+
+    class Greylisting:
+        async def handle_RCPT(self, server: Any, session: Any, envelope: Any, address: str, options: Any) -> str:
+            return "450 4.7.1 greylisted [/policy] [red]retry"
+
+    controller = Controller(Greylisting(), hostname="127.0.0.1", port=free_port(), server_hostname="sink.example.test")
+    controller.start()
+    write_resources(tmp_path / "relay.yaml", controller.port)
+    queue = [MAILSLUICE, "queue"]
+    where = ["--data-dir", str(tmp_path / "data")]
+
+    def asked(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*queue, *arguments, *where], capture_output=True, text=True, timeout=60, check=False)
+
+    try:
+        with running(tmp_path / "relay.yaml", tmp_path / "data") as relay:
+            with relay.client("submission") as client:
+                client.send_message(message("greylisted"))
+            eventually("the answer", lambda: "450 4.7.1 greylisted [/policy] [red]retry" in asked("list").stdout)
+            queue_id = json.loads(asked("list", "--json").stdout)[0]["queue_id"]
+            assert queue_id in asked("list").stdout
+            assert asked("hold", queue_id).returncode == 0
+            again = asked("hold", queue_id)
+            assert again.returncode == 1
+            assert f"message {queue_id} is held: nothing to hold" in again.stderr
+            assert asked("list", "--state", "bogus").returncode == 2
+            assert asked("list", "--relay", "x").returncode == 2
+            assert asked("remove", queue_id).returncode == 0
+            assert f"no message {queue_id} in the queue" in asked("show", queue_id).stderr
+    finally:
+        controller.stop()
+
+
 def test_a_broken_file_is_told_and_changes_nothing(tmp_path: Path) -> None:
     resources = tmp_path / "relay.yaml"
     write_resources(resources, free_port())

@@ -22,7 +22,7 @@ main = typer.Typer(
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object of the counts.")] = False,
 ) -> None:
-    """Run a relay here, send through it as eight applications, and show what it made of them. Takes half a minute."""
+    """Run a relay here, send through it as eight applications, and show what it made of them. Takes a few seconds."""
     from mailsluice_operator import demo as demonstration  # half a second that the other commands need not wait
 
     demonstration.main(console, as_json)

@@ -36,8 +36,14 @@ def check(
     if errors:
         raise typer.Exit(1)
     console.print(
-        f"{len(files)} file{'s' * (len(files) != 1)} checked: no errors, {len(findings)} warnings", style="green"
+        f"{plural(len(files), 'file')} checked: no errors, {plural(len(findings), 'warning')}",
+        style="green",
+        highlight=False,
     )
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def render(
@@ -61,7 +67,9 @@ def run(
     port: Annotated[
         list[str] | None, typer.Option(metavar="LISTENER=PORT", help="Port of one listener; 0 picks a free one.")
     ] = None,
-    http_port: Annotated[int, typer.Option(help="Port of /metrics, /healthz and /readyz; 0 picks a free one.")] = 9090,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz and /readyz; 0 picks a free one.")
+    ] = 9090,
     ready_file: Annotated[Path | None, typer.Option(help="JSON written when every listener accepts.")] = None,
 ) -> None:
     """Run one SmtpRelay of the files on this machine, without a cluster.
@@ -84,7 +92,8 @@ def run(
 
 def passwd(login: Annotated[str, typer.Argument(help="The full e-mail address.")]) -> None:
     """Print a htpasswd line for LOGIN: the password is asked for, or read from standard input."""
-    if "@" not in login or ":" in login or any(character.isspace() for character in login):
+    local_part, _, domain = login.partition("@")
+    if not local_part or not domain or "@" in domain or ":" in login or any(map(str.isspace, login)):
         raise SystemExit(f"mailsluice: {login}: not a login; give the full e-mail address, as in shop@example.com")
     if sys.stdin.isatty():
         password = getpass.getpass(f"Password for {login}: ")

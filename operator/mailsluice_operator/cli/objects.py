@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mailsluice_operator import kubectl
-from mailsluice_operator.cli.output import console, reported
+from mailsluice_operator.cli.output import console, print_table, reported
 
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; kubectl's own default.")]
 Everywhere = Annotated[bool, typer.Option("--all-namespaces", "-A", help="Of all namespaces.")]
@@ -16,7 +15,7 @@ Everywhere = Annotated[bool, typer.Option("--all-namespaces", "-A", help="Of all
 
 def relays(namespace: Namespace = None, everywhere: Everywhere = False) -> None:
     """List the SmtpRelays of the cluster and why each does or does not take mail."""
-    columns = ("namespace", "name", "ready", "reason", "replicas", "queued", "users")
+    columns = ("name", "namespace", "ready", "reason", "replicas", "queued", "users")
     with reported():
         found = kubectl.get("smtprelays.mailsluice.dev", namespace, everywhere)
     print_objects(columns, [relay_row(relay) for relay in found], "SmtpRelay")
@@ -24,7 +23,7 @@ def relays(namespace: Namespace = None, everywhere: Everywhere = False) -> None:
 
 def users(namespace: Namespace = None, everywhere: Everywhere = False) -> None:
     """List the SmtpUsers of the cluster and whether their relay took them."""
-    columns = ("namespace", "name", "login", "ready", "reason", "relay")
+    columns = ("name", "namespace", "login", "ready", "reason", "relay")
     with reported():
         found = kubectl.get("smtpusers.mailsluice.dev", namespace, everywhere)
     print_objects(columns, [user_row(user) for user in found], "SmtpUser")
@@ -34,8 +33,8 @@ def relay_row(relay: dict[str, Any]) -> list[str]:
     status = relay.get("status", {})
     ready = condition(relay, "Ready")
     return [
-        relay["metadata"]["namespace"],
         relay["metadata"]["name"],
+        relay["metadata"]["namespace"],
         ready.get("status", "Unknown"),
         ready.get("reason", "-"),
         str(status.get("replicas", 0)),
@@ -48,8 +47,8 @@ def user_row(user: dict[str, Any]) -> list[str]:
     ready = condition(user, "Ready")
     reference = user["spec"]["relayRef"]
     return [
-        user["metadata"]["namespace"],
         user["metadata"]["name"],
+        user["metadata"]["namespace"],
         user["spec"]["login"],
         ready.get("status", "Unknown"),
         ready.get("reason", "-"),
@@ -65,7 +64,4 @@ def print_objects(columns: tuple[str, ...], rows: list[list[str]], kind: str) ->
     if not rows:
         console.print(f"no {kind} found; try --all-namespaces")
         return
-    table = Table(*(name.upper() for name in columns), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table([name.upper() for name in columns], rows)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.table import Table
 
 from mailsluice_operator import kubectl, local
-from mailsluice_operator.cli.output import console, reported
+from mailsluice_operator.cli.output import console, print_table, reported
 
 queue = typer.Typer(
     help="Look after queued mail, on the cluster (`--relay`) or on this machine (`--data-dir`).", no_args_is_help=True
@@ -24,6 +25,16 @@ OfRelay = Annotated[str | None, typer.Option("--relay", help="Name of a SmtpRela
 DataDirectory = Annotated[Path | None, typer.Option("--data-dir", help="Data directory of `mailsluice run`.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QueueId = Annotated[str, typer.Argument(help="The queue id, as in `250 2.0.0 OK: queued as ID`.")]
+
+
+class QueueState(enum.StrEnum):
+    """As the relay tells them."""
+
+    ACTIVE = "active"
+    DEFERRED = "deferred"
+    HELD = "held"
+    QUARANTINED = "quarantined"
+
 
 PER_MESSAGE: Final = {
     "show": "Show one message: envelope, state of each recipient, last answer of the upstream.",
@@ -40,14 +51,19 @@ def list_messages(
     relay: OfRelay = None,
     data_dir: DataDirectory = None,
     as_json: AsJSON = False,
-    state: Annotated[str, typer.Option(help="Only these: active, deferred or held.")] = "",
+    state: Annotated[QueueState | None, typer.Option(help="Only these.")] = None,
     login: Annotated[str, typer.Option(help="Only what this login sent.")] = "",
     recipient: Annotated[str, typer.Option(help="Only mail to this address.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many of each pod at most.")] = 1000,
 ) -> None:
     """List queued messages, oldest first."""
-    given = {"--state": state, "--login": login, "--recipient": recipient}
+    given = {"--state": state or "", "--login": login, "--recipient": recipient, "--limit": str(limit)}
     filters = [text for pair in given.items() if pair[1] for text in pair]
-    _everywhere("list", filters, namespace, relay, data_dir, as_json)
+    answers = _everywhere("list", filters, namespace, relay, data_dir)
+    rows = sorted((row for listed in answers for row in listed), key=lambda row: str(row["queue_id"]))
+    console.print_json(data=rows) if as_json else _print_table(rows)
+    if any(len(listed) == limit for listed in answers):
+        print(f"mailsluice: only the oldest {limit} of a queue are listed; --limit lists more", file=sys.stderr)
 
 
 @queue.command()
@@ -55,7 +71,9 @@ def flush(
     namespace: Namespace = None, relay: OfRelay = None, data_dir: DataDirectory = None, as_json: AsJSON = False
 ) -> None:
     """Try everything that waits for its next attempt now."""
-    _everywhere("flush", [], namespace, relay, data_dir, as_json)
+    answers = _everywhere("flush", [], namespace, relay, data_dir)
+    flushed = sum(answer["flushed"] for answer in answers)
+    console.print_json(data={"flushed": flushed}) if as_json else console.print(f"{flushed} messages are tried now")
 
 
 def _per_message(action: str) -> Callable[..., None]:
@@ -66,9 +84,10 @@ def _per_message(action: str) -> Callable[..., None]:
         data_dir: DataDirectory = None,
         as_json: AsJSON = False,
     ) -> None:
+        _refuse_both(relay, data_dir)
         with reported():
             if data_dir is not None:
-                _print(action, [_here(data_dir, action, queue_id)], as_json)
+                _print(action, _here(data_dir, action, queue_id), as_json)
                 return
             for pod in _pods(namespace, relay):
                 try:
@@ -77,7 +96,7 @@ def _per_message(action: str) -> Callable[..., None]:
                     if "no message" not in str(error):
                         raise
                     continue
-                _print(action, [answer], as_json)
+                _print(action, answer, as_json)
                 return
             raise SystemExit(f"mailsluice: no message {queue_id} in the queue of {relay}; it may have been delivered")
 
@@ -89,16 +108,20 @@ for _action, _help in PER_MESSAGE.items():
 
 
 def _everywhere(
-    action: str, filters: list[str], namespace: str | None, relay: str | None, data_dir: Path | None, as_json: bool
-) -> None:
-    """Carry out `action` on every queue of the relay and show the answers together."""
+    action: str, filters: list[str], namespace: str | None, relay: str | None, data_dir: Path | None
+) -> list[Any]:
+    """Carry out `action` on every queue of the relay; their answers."""
+    _refuse_both(relay, data_dir)
     with reported():
         if data_dir is not None:
-            answers = [_here(data_dir, action, *filters)]
-        else:
-            command = _command(action, *filters)
-            answers = [kubectl.exec_in(pod, namespace, *command) for pod in _pods(namespace, relay)]
-        _print(action, answers, as_json)
+            return [json.loads(_here(data_dir, action, *filters))]
+        command = _command(action, *filters)
+        return [json.loads(kubectl.exec_in(pod, namespace, *command)) for pod in _pods(namespace, relay)]
+
+
+def _refuse_both(relay: str | None, data_dir: Path | None) -> None:
+    if relay is not None and data_dir is not None:
+        raise typer.BadParameter("give --relay (cluster) or --data-dir (this machine), not both")
 
 
 def _command(action: str, *arguments: str) -> tuple[str, ...]:
@@ -122,38 +145,33 @@ def _here(data_dir: Path, action: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _print(action: str, answers: list[str], as_json: bool) -> None:
-    found: list[Any] = [json.loads(answer) for answer in answers]
-    if action == "list":
-        rows = sorted((row for listed in found for row in listed), key=lambda row: str(row["queue_id"]))
-        console.print_json(data=rows) if as_json else _print_table(rows)
-    elif as_json or action == "show":
-        console.print_json(data=found[0] if len(found) == 1 else found)
-    elif action == "flush":
-        console.print(f"{sum(answer['flushed'] for answer in found)} messages are tried now")
+def _print(action: str, answer: str, as_json: bool) -> None:
+    found: dict[str, Any] = json.loads(answer)
+    if as_json or action == "show":
+        console.print_json(data=found)
     else:
-        console.print(f"{found[0]['id']}: {action} done")
+        console.print(f"{found['id']}: {action} done")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         console.print("the queue holds no such message")
         return
-    table = Table(
-        "ID", "STATE", "AGE", "SIZE", "LOGIN", "SENDER", "RECIPIENTS", "LAST ANSWER", box=None, pad_edge=False
-    )
     now = time.time()
-    for row in rows:
-        recipients = row["recipients"]
-        more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
-        table.add_row(
-            row["queue_id"],
-            row["state"],
-            f"{(now - row['received_at']) / 60:.0f}m",
-            str(row["size"]),
-            row["login"] or "-",
-            row["sender"] or "<>",
-            f"{recipients[0]['address']}{more}" if recipients else "-",
-            recipients[0]["reply"] if recipients else "-",
-        )
-    console.print(table)
+    columns = ("ID", "STATE", "AGE", "SIZE", "LOGIN", "SENDER", "RECIPIENTS", "LAST ANSWER")
+    print_table(columns, [_cells(row, now) for row in rows])
+
+
+def _cells(row: dict[str, Any], now: float) -> list[str]:
+    recipients = row["recipients"]
+    more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
+    return [
+        row["queue_id"],
+        row["state"],
+        f"{(now - row['received_at']) / 60:.0f}m",
+        str(row["size"]),
+        row["login"] or "-",
+        row["sender"] or "<>",
+        f"{recipients[0]['address']}{more}" if recipients else "-",
+        recipients[0]["reply"] if recipients else "-",
+    ]

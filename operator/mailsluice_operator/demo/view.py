@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from mailsluice_operator.demo.applications import Application
 
@@ -80,19 +81,19 @@ def screen(totals: Totals, senders: list[Application]) -> Group:
     done = sum(1 for sender in senders if sender.told)
     bar = Progress(TextColumn("applications"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     bar.add_task("", total=len(senders), completed=done)
-    return Group(counts, bar, outcome(senders))
+    return Group(counts, bar, outcome(senders, one_line=True))
 
 
-def outcome(senders: list[Application]) -> Table:
-    """What each application did, and what the relay told it."""
+def outcome(senders: list[Application], *, one_line: bool = False) -> Table:
+    """What each application did, and what the relay told it; `one_line`: as far as it fits a line each."""
     table = Table(title="Applications", title_justify="left")
     table.add_column("application", no_wrap=True)
-    table.add_column("what it does")
+    table.add_column("what it does", no_wrap=one_line)
     table.add_column("accepted", justify="right")
     table.add_column("refused", justify="right")
-    table.add_column("what the relay told it last", overflow="fold")
+    table.add_column("what the relay told it last", no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
     for sender in senders:
-        table.add_row(sender.name, sender.intent, str(sender.sent), str(sender.refused), sender.told)
+        table.add_row(sender.name, sender.intent, str(sender.sent), str(sender.refused), Text(sender.told))
     return table
 
 

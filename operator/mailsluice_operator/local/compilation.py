@@ -54,7 +54,9 @@ def compiled(
         users = _granted(relay, documents, secrets, directory, warnings)
         built = configuration.build(relay, secrets=secrets, users=users, server=_certificate(relay, directory))
     except Unusable as error:
-        raise LocalError("\n".join(fact.message for fact in error.facts)) from error
+        raise LocalError(
+            "\n".join(f"SmtpRelay/{relay.metadata.name}: {fact.message}" for fact in error.facts)
+        ) from error
     warnings += [fact.message for fact in built.degraded]
     return Compiled(relay, directory, _with_ports(built.configuration, ports), built.files, tuple(warnings))
 
@@ -82,6 +84,7 @@ def render(files: Sequence[Path], name: str | None, image: str) -> list[Object]:
         settings=PodSettings(image=image),
     )
     for child in children:
+        del child["metadata"]["ownerReferences"]  # nobody has this uid: the garbage collector would take the object
         if child["kind"] == "Secret":
             child["data"] = dict.fromkeys(child["data"], "(left out)")
     return children

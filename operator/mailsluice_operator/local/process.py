@@ -74,6 +74,7 @@ class LocalRelay:
         self._http_port = http_port
         self._quiet = quiet
         self._shown = ""
+        self._process: asyncio.subprocess.Process | None = None
 
     @contextlib.asynccontextmanager
     async def started(self) -> AsyncIterator[Started]:
@@ -96,10 +97,17 @@ class LocalRelay:
             stderr=subprocess.DEVNULL if self._quiet else None,
             preexec_fn=die_with_parent,
         )
+        self._process = process
         try:
             yield await _ready(process, ready_file)
         finally:
             await _stop(process)
+
+    async def ended(self) -> int:
+        """Returns when the relay's process has ended: its exit code, or less than zero for a signal."""
+        if self._process is None:
+            raise LocalError("the relay has not been started")
+        return await self._process.wait()
 
     def refresh(self) -> Compiled:
         """Read the files and show the relay what is new. Raises LocalError and changes nothing."""
@@ -135,52 +143,61 @@ async def _run(relay: LocalRelay, ready_file: Path | None) -> None:
         for warning in relay.refresh().warnings:
             _say(f"warning: {warning}")
         following = asyncio.ensure_future(_follow(relay, stop, again))
-        dying = asyncio.ensure_future(_gone(started.pid))
+        dying = asyncio.ensure_future(relay.ended())
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({stopping, dying, following}, return_when=asyncio.FIRST_COMPLETED)
-        ended = dying.done() and not stop.is_set()
+        ended = dying.result() if dying.done() and not stop.is_set() else None
         stop.set()
         dying.cancel()
         await following
-    if ended:
-        raise LocalError("the relay has ended by itself; its messages above say why")
-
-
-async def _gone(pid: int) -> None:
-    """Returns when the process has ended."""
-    loop = asyncio.get_running_loop()
-    descriptor = os.pidfd_open(pid)
-    ended = asyncio.Event()
-    loop.add_reader(descriptor, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
+    if ended is not None:
+        how = f"was killed by signal {-ended}" if ended < 0 else f"ended by itself with exit code {ended}"
+        raise LocalError(f"the relay {how}; its queue is on disk, and the next run continues it")
 
 
 async def _follow(relay: LocalRelay, stop: asyncio.Event, again: asyncio.Event) -> None:
     """Take over changed files, and all of them on SIGHUP; a wrong file is told and changes nothing."""
-    watched = watchfiles.awatch(*relay.files, stop_event=stop, recursive=False)
+    # The folders: who replaces a file by renaming leaves a watch on the file itself with the old one.
+    folders = {path.resolve().parent for path in relay.files} | {path.absolute().parent for path in relay.files}
+    watched = watchfiles.awatch(*folders, stop_event=stop, recursive=False, watch_filter=None)
+    seen = _contents(relay.files)
     changed = asyncio.ensure_future(anext(watched, None))
     stopping = asyncio.ensure_future(stop.wait())
     while not stop.is_set():
         forced = asyncio.ensure_future(again.wait())
         await asyncio.wait({changed, forced, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        asked = forced.done()
         forced.cancel()
         again.clear()
         if stop.is_set():
             break
         if changed.done():
             changed = asyncio.ensure_future(anext(watched, None))
+        before, seen = seen, _contents(relay.files)
+        if seen == before and not asked:
+            continue
         try:
-            for warning in relay.refresh().warnings:
+            made = relay.refresh()
+            for warning in made.warnings:
                 _say(f"warning: {warning}")
+            _say(f"read again: revision {made.configuration.revision}")
         except (LocalError, ConfigurationError) as error:
             _say(f"not taken, the relay goes on as before: {error}")
     changed.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await changed
+
+
+def _contents(files: Sequence[Path]) -> list[bytes | None]:
+    """What the files hold; None for one that cannot be read just now."""
+
+    def content(path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except OSError:
+            return None
+
+    return [content(path) for path in files]
 
 
 async def _ready(process: asyncio.subprocess.Process, ready_file: Path) -> Started:

@@ -114,6 +114,12 @@ def check_files(paths: Sequence[Path], *, strict: bool = False) -> list[Finding]
     """Everything that is wrong with the files, by file and line. `strict`: objects that are missing are errors."""
     loaded, findings = load_files(paths)
     absent = Severity.ERROR if strict else Severity.WARNING
+    told = {item.file for item in loaded} | {finding.file for finding in findings}
+    findings += [
+        Finding(str(path), 1, "", "", "holds no object; see that it is the file that you mean", absent)
+        for path in paths
+        if str(path) not in told
+    ]
     findings += _twice(loaded)
     secrets = _Secrets(loaded)
     findings += secrets.findings
