@@ -544,15 +544,23 @@ class Admission:
         for hit in opinion.hits:
             if not hit.is_engine:
                 self._metrics.spam_rule_hits.labels(hit.rule).inc()
-            elif not opinion.suspected:  # engines find a little in any message
-                continue
+        # Engines find a little in any message.
+        told = [hit for hit in opinion.hits if opinion.suspected or not hit.is_engine]
+        if told:
             _log.warning(
                 "suspicion",
-                reason=hit.reason,
-                rule=hit.rule,
-                observed=self._logged(hit.observed),
-                threshold=hit.threshold,
-                score=hit.score,
+                reason=opinion.reason,
+                score=opinion.score,
+                hits=[
+                    {
+                        "rule": hit.rule,
+                        "reason": hit.reason,
+                        "observed": self._logged(hit.observed),
+                        "threshold": hit.threshold,
+                        "score": hit.score,
+                    }
+                    for hit in told
+                ],
                 login=self._logged(identity.name),
                 network=identity.network,
                 session=client.session_id,
