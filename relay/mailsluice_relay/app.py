@@ -20,10 +20,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 import structlog
@@ -45,6 +45,10 @@ LOG_LINES: Final = 256
 """Lines that are not kept back any longer."""
 MINIMUM_GRACE = 1.0
 """Seconds that deliveries under way get, even when sessions have used up the grace period."""
+
+
+class UnexpectedEndError(Exception):
+    """A part that has to go on for as long as the process has ended. The cause says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +115,38 @@ class Application:
         self._deadline: float | None = None
 
     async def run(self) -> None:
-        """Serve until a signal says stop."""
+        """Serve until a signal says stop.
+
+        Raises UnexpectedEndError: a process without one of its parts would look well and do only half of its work, so
+        it ends, and what started it starts it again. What was accepted is on the disk.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload.set)
         async with self._started():
-            watcher = loop.create_task(self._follow_configuration())
+            watcher = loop.create_task(self._follow_configuration(), name="configuration")
             try:
-                await self._stop.wait()
+                await self._stop_or_failure({"configuration": watcher, "dispatcher": self.dispatcher.failed})
             finally:
                 self.health.stopping = True
-                await watcher
+                self._stop.set()  # a failure stops the others, too
+                await asyncio.wait({watcher})
+
+    async def _stop_or_failure(self, parts: Mapping[str, asyncio.Future[None]]) -> None:
+        """Wait for the signal; raises UnexpectedEndError when a part ends before it."""
+        stop = asyncio.ensure_future(self._stop.wait())
+        futures: list[asyncio.Future[Any]] = [stop, *parts.values()]
+        try:
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+        for name, part in parts.items():
+            if not part.done() or (self._stop.is_set() and part.exception() is None):
+                continue
+            cause = part.exception()
+            log.critical("relay.failed", part=name, exc_info=cause)
+            raise UnexpectedEndError(f"{name}: ended unexpectedly ({cause!r})") from cause
 
     @contextlib.asynccontextmanager
     async def _started(self) -> AsyncIterator[None]:
@@ -282,7 +306,10 @@ def configure_logging(configuration: Configuration) -> None:
 
 
 def serve(options: Options) -> None:
-    """Run a relay until it is told to stop. Raises ConfigurationError when it cannot start."""
+    """Run a relay until it is told to stop.
+
+    Raises ConfigurationError when it cannot start, SystemExit when a part of it failed.
+    """
     loaded = reload.load(options.config_directory)
     options.data_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     configure_logging(loaded.configuration)
@@ -290,4 +317,7 @@ def serve(options: Options) -> None:
     async def main() -> None:
         await Application(options, loaded).run()
 
-    uvloop.run(main())
+    try:
+        uvloop.run(main())
+    except UnexpectedEndError as error:
+        raise SystemExit(f"mailsluice-relay: {error}") from error

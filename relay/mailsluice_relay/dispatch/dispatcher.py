@@ -127,6 +127,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._submissions: set[asyncio.Future[Reply]] = set()
         self._feeder: asyncio.Task[None] | None = None
+        self._failed: asyncio.Future[None] | None = None
         self._oldest: float | None = None
         self._is_stopping = False
         self._is_open = False
@@ -134,6 +135,7 @@ class Dispatcher:
     # --- life ---------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
         """Open the spool, recovering what is there, and begin to deliver. Raises SpoolError."""
+        self._failed = asyncio.get_running_loop().create_future()
         await self._spool.open(now=self._clocks.now())
         self._is_open = True
         self._observe()
@@ -141,13 +143,31 @@ class Dispatcher:
             await self._spool.flush(self._clocks.now())
         self._upstreams.check()
         self._feeder = asyncio.get_running_loop().create_task(self._feed(), name="dispatch-feed")
+        self._feeder.add_done_callback(self._note_failure)
+
+    @property
+    def failed(self) -> asyncio.Future[None]:
+        """Has the exception of the first task that a fault ended; nothing may be delivered from then on.
+
+        What was taken is on the disk, and goes on in the next process. There is one after `start`.
+        """
+        if self._failed is None:
+            raise RuntimeError("the dispatcher has not been started")
+        return self._failed
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (fault := task.exception()) is None:
+            return
+        self._ended.set()  # whoever waits for the queue to empty need not wait for this one
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(fault)
 
     async def stop(self, grace: float) -> None:
         """Deliver what goes within `grace` seconds, then close; the rest stays on the disk."""
         self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                while self._claimed or self._behind or self._submissions:
+                while self._has_work():
                     self._ended.clear()
                     await self._ended.wait()
         if self._submissions:  # their clients wait for an answer, and the disk does not take long
@@ -162,6 +182,10 @@ class Dispatcher:
             await asyncio.wait(tasks)
         await self._upstreams.close()
         await self._spool.close()
+
+    def _has_work(self) -> bool:
+        is_fed = self._feeder is not None and not self._feeder.done()
+        return bool(self._claimed or self._submissions or (self._behind and is_fed))
 
     @staticmethod
     def check(configuration: Configuration, credentials: Credentials) -> None:
@@ -345,6 +369,7 @@ class Dispatcher:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._note_failure)
 
     def _release(self, item: Item) -> None:
         """The message is the store's alone again."""
