@@ -126,7 +126,7 @@ def relay_status(before: SmtpRelayStatus, view: RelayView, now: datetime.datetim
     conditions.set(
         "Degraded",
         bool(degraded),
-        _joined(degraded) or Fact("AsExpected", "Everything that was looked at is in order."),
+        joined(degraded) or Fact("AsExpected", "Everything that was looked at is in order."),
     )
     conditions.set(
         "Paused",
@@ -222,7 +222,7 @@ def _degraded(view: RelayView) -> list[Fact]:
     return found
 
 
-def _joined(facts: Sequence[Fact]) -> Fact | None:
+def joined(facts: Sequence[Fact]) -> Fact | None:
     """Several facts as one condition: the first one's reason, everyone's words."""
     if not facts:
         return None

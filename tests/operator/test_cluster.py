@@ -43,6 +43,15 @@ def where(name: str) -> Reference:
     return Reference(SECRET, "mail", name)
 
 
+@pytest.mark.parametrize(
+    ("status", "permanent"),
+    [(400, True), (403, True), (413, True), (422, True)]
+    + [(passing, False) for passing in (0, 401, 404, 408, 409, 429, 500, 503, 504)],
+)
+def test_what_a_person_has_to_change_is_told_from_what_passes(status: int, permanent: bool) -> None:
+    assert ApiError("Service mail/out", status, "no").permanent is permanent
+
+
 # --- The store --------------------------------------------------------------------------------------------------------
 
 

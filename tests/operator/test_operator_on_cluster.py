@@ -320,6 +320,29 @@ def test_a_foreign_object_of_the_same_name_is_reported_and_left_alone(mail: Kube
     eventually(lambda: exists(mail, "statefulset/out") and not is_true(mail, "Stalled"), 20)
 
 
+def test_a_child_that_a_quota_refuses_is_told_of_and_made_once_it_may_be(
+    mail: Kubectl, operator: Any, eventually: Eventually
+) -> None:
+    with operator.provoking():
+        mail("create", "quota", "tight", "--hard=count/services=0")
+        eventually(lambda: get(mail, "resourcequota/tight")["status"]["used"] == {"count/services": "0"})
+        mail.apply(relay())
+        eventually(lambda: condition(mail, "Stalled")[:2] == ("True", "ChildRefused"))
+        message = condition(mail, "Stalled")[2]
+        assert f"Service {mail.namespace}/out is refused" in message
+        assert f"Service {mail.namespace}/out-pods is refused" in message
+        assert "exceeded quota: tight" in message
+        assert "raise the quota" in message
+        assert condition(mail, "Ready")[:2] == ("False", "ChildRefused")
+        assert is_true(mail, "ConfigurationValid")
+        assert all(exists(mail, child) for child in CHILDREN if not child.startswith("service/"))
+        mail("annotate", "smtprelay/out", "example.test/poke=1")
+        mail("delete", "quota", "tight")  # which nothing tells the operator of: it looks again
+        eventually(lambda: exists(mail, "service/out") and not is_true(mail, "Stalled"), 30)
+    assert len(events(mail, "ChildRefused")) == 1
+    assert condition(mail, "Ready")[1] == "NoReplicaReady"
+
+
 def test_a_paused_relay_is_left_as_it_is(settled: Kubectl, operator: Any, eventually: Eventually) -> None:
     settled.apply(relay(paused=True))
     eventually(lambda: is_true(settled, "Paused"))

@@ -16,8 +16,9 @@ import pytest
 
 from mailsluice_operator.children.secrets import decoded
 from mailsluice_operator.children.workload import PodSettings
-from mailsluice_operator.cluster.client import Cluster
+from mailsluice_operator.cluster.client import ApiError, Cluster, InvalidError
 from mailsluice_operator.cluster.objects import (
+    DISRUPTION_BUDGET,
     OPTIONAL,
     POD,
     SECRET,
@@ -48,6 +49,7 @@ class KeptObjects:
         self.objects: dict[Reference, Object] = {}
         self.events: list[str] = []
         self.writes = 0
+        self.refused: dict[Reference, ApiError] = {}
         self._version = 0
 
     def keep(self, body: Object) -> Object:
@@ -68,6 +70,8 @@ class KeptObjects:
         return self.objects.get(where)
 
     async def apply(self, body: Object) -> Object:
+        if (refusal := self.refused.get(reference_of(body))) is not None:
+            raise refusal
         self.writes += 1
         return self.keep(body)
 
@@ -223,6 +227,52 @@ async def test_a_broken_secret_changes_nothing_and_the_last_good_children_are_ke
     await world.reconcile()
     assert service in world.api.objects
     assert world.found(SECRET, "out-config")["data"] == configuration
+
+
+async def test_a_refused_child_holds_up_neither_the_others_nor_the_word_of_it(world: World) -> None:
+    service = Reference(SERVICE, "mail", "out")
+    world.api.refused[service] = InvalidError(str(service), 422, "422: spec.ports[0]: Invalid value")
+    world.tell(provider())
+    world.tell(relay())
+    assert await world.reconcile() == 1
+    assert world.condition("Stalled") == ("True", "ChildRefused")
+    assert Reference(STATEFUL_SET, "mail", "out") in world.api.objects
+    assert await world.reconcile() == 2  # less and less often
+    assert world.api.events == ["ChildRefused"]
+    world.tell(provider(encoded=""))  # the one does not hide the other
+    await world.reconcile()
+    assert world.condition("Stalled") == ("True", "SecretInvalid")
+    assert world.condition("Degraded") == ("True", "ChildRefused")
+    world.api.refused.clear()
+    world.tell(provider())
+    await world.reconcile()
+    assert world.condition("Stalled") == ("False", "NotStalled")
+    assert service in world.api.objects
+
+
+async def test_a_refusal_that_passes_is_left_to_the_work_queue(world: World) -> None:
+    service = Reference(SERVICE, "mail", "out")
+    world.api.refused[service] = ApiError(str(service), 503, "503: later")
+    world.tell(provider())
+    world.tell(relay())
+    with pytest.raises(ApiError, match="later"):
+        await world.reconcile()
+
+
+async def test_what_is_not_wanted_goes_only_when_all_that_is_wanted_is_there(world: World) -> None:
+    await settle(world)
+    budget = Reference(DISRUPTION_BUDGET, "mail", "out")
+    world.tell({**world.found(SMTP_RELAY, "out"), **relay(disruptionBudget={})})
+    await world.reconcile()
+    assert budget in world.api.objects
+    service = Reference(SERVICE, "mail", "out")
+    world.api.refused[service] = ApiError(str(service), 403, "403: exceeded quota")
+    world.tell({**world.found(SMTP_RELAY, "out"), **relay(service={"annotations": {"a": "b"}})})
+    await world.reconcile()
+    assert budget in world.api.objects
+    world.api.refused.clear()
+    await world.reconcile()
+    assert budget not in world.api.objects
 
 
 async def test_mail_left_after_the_deadline_is_told_and_the_relay_stays(world: World) -> None:

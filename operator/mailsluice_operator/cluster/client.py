@@ -34,6 +34,9 @@ MERGE: Final = "application/merge-patch+json"
 
 READS: Final = frozenset({"get", "list"})
 _RETRIED: Final = frozenset({429, 500, 502, 503, 504})
+_PASSING: Final = frozenset({401, 404, 408, 409, 429})
+"""Refusals that end without anybody changing the request or a policy: a token is renewed, a namespace is being made or
+deleted, another write came first, the server has much to do."""
 
 RequestObserver = Callable[[str, str], None]
 """Told (verb, code) of each request; the code is the status, or `error` when no answer came."""
@@ -46,6 +49,11 @@ class ApiError(Exception):
         super().__init__(f"{what}: {message}")
         self.status = status
         self.message = message
+
+    @property
+    def permanent(self) -> bool:
+        """The same request will be refused again, until a person changes it or what refuses it."""
+        return 400 <= self.status < 500 and self.status not in _PASSING
 
 
 class NotLeaderError(Exception):

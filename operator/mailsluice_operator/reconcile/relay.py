@@ -44,12 +44,18 @@ from mailsluice_operator.reconcile import secrets, users
 from mailsluice_operator.reconcile.context import Context, Key
 from mailsluice_operator.reconcile.pods import FRESH, FRESH_SILENCE, FRESH_WHILE_CHANGING, Pods, drained, is_ready
 from mailsluice_operator.reconcile.workload import Workload, claim_of, volumes
-from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwanted, ensure_child, write_status
+from mailsluice_operator.reconcile.writing import (
+    ChildRefusedError,
+    NameTakenError,
+    delete_unwanted,
+    ensure_child,
+    write_status,
+)
 from mailsluice_operator.resource.models import Autoscaling, SmtpRelay, relay_from
 from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.references import secret_uses
 from mailsluice_operator.resource.status import DNSRecord, SmtpRelayStatus
-from mailsluice_operator.status import PodView, RelayView, endpoints, relay_status
+from mailsluice_operator.status import PodView, RelayView, endpoints, joined, relay_status
 from mailsluice_relay.config import ConfigurationError, QueueMode, decode, encode
 
 log = logging.getLogger(__name__)
@@ -148,10 +154,12 @@ class RelayReconciler:
         step = await self._step(key, effective, workload, wanted)
         built = await self._build(key, effective, step)
         if isinstance(built, Fact):
-            await self._keep_last_good(memory)
-            view = replace(await self._view(key, relay, in_force, changing=False), invalid=built)
+            refused = await self._keep_last_good(memory)
+            view = replace(
+                await self._view(key, relay, in_force, changing=False), invalid=built, degraded=tuple(refused)
+            )
             await self._report(body, relay.status, view)
-            return memory.wait() if built.reason == "SecretNotFound" else self._look_again(key, view)
+            return memory.wait() if refused or built.reason == "SecretNotFound" else self._look_again(key, view)
         children = desired.relay_children(
             effective,
             built.contents,
@@ -161,14 +169,11 @@ class RelayReconciler:
             settings=self._context.settings,
         )
         children = [child for child in children if kind_of(child) not in self._context.unserved]
+        memory.remember(children)
         blocked = await self._apply(body, children)
-        revision = in_force
-        if blocked is None:
-            revision = built.contents.revision
-            memory.remember(children)
-            await self._pods.nudge(key, revision)
-            memory.delay = FIRST_WAIT
-            body = await self._hold_for_drain(key, body)
+        revision = self._revision_in_force(key)  # an older one while the newest configuration is refused
+        await self._pods.nudge(key, revision)
+        body = await self._hold_for_drain(key, body)
         view = replace(
             await self._view(key, relay, revision, changing=step.waiting is not None),
             blocked=blocked,
@@ -178,7 +183,10 @@ class RelayReconciler:
             degraded=tuple(fact for fact in (step.waiting, *built.degraded) if fact is not None),
         )
         await self._report(body, relay.status, view)
-        return memory.wait() if blocked is not None else self._look_again(key, view)
+        if blocked is not None:
+            return memory.wait()
+        memory.delay = FIRST_WAIT
+        return self._look_again(key, view)
 
     async def _seed_replicas(self, body: Object, scaling: Autoscaling, workload: Workload) -> Object:
         """The scale subresource fails while spec.replicas is not there, and so would the autoscaler: it begins here."""
@@ -188,22 +196,37 @@ class RelayReconciler:
         return body
 
     async def _apply(self, body: Object, children: list[Object]) -> Fact | None:
-        """Make the children what they should be; returns why one cannot be made. What comes after it is not made."""
+        """Make the children what they should be; returns why that could not be done.
+
+        What comes after a name that is taken is not made; what comes after a refusal is. Nothing goes before all that
+        is wanted is there: the one may take the other's place.
+        """
+        refused: list[Fact] = []
         for child in children:
             try:
                 await ensure_child(self._context, child)
+            except ChildRefusedError as error:
+                refused.append(error.fact)
             except NameTakenError as taken:
-                return taken.fact
-        await delete_unwanted(self._context, body, children)
-        return None
+                return joined([taken.fact, *refused])
+        if not refused:
+            await delete_unwanted(self._context, body, children)
+        return joined(refused)
 
-    async def _keep_last_good(self, memory: _Memory) -> None:
-        """While the newest configuration cannot be used, the children of the one before it are still looked after."""
+    async def _keep_last_good(self, memory: _Memory) -> list[Fact]:
+        """While the newest configuration cannot be used, the children of the one before it are still looked after.
+
+        Returns what of them the API server refuses.
+        """
+        refused: list[Fact] = []
         for child in memory.recall():
             try:
                 await ensure_child(self._context, child)
+            except ChildRefusedError as error:
+                refused.append(error.fact)
             except NameTakenError:  # the condition already says what a person has to do first
-                return
+                break
+        return refused
 
     async def _step(self, key: Key, relay: SmtpRelay, workload: Workload, wanted: int) -> desired.Step:
         if relay.spec.queue.mode is QueueMode.PASS_THROUGH or wanted >= workload.replicas:
@@ -392,7 +415,7 @@ class RelayReconciler:
 
     async def _drain(self, key: Key, relay: SmtpRelay, workload: Workload) -> Fact | None:
         """Tell every pod to empty its queue; returns what is still waited for."""
-        await self._apply_draining(key, relay)
+        refused = await self._apply_draining(key, relay)
         views = await self._pods.views(key, self._revision_in_force(key), changing=True)
         left = await self._left(key, views, range(workload.replicas))
         unknown = [ordinal for ordinal in range(workload.replicas) if left.get(ordinal) is None]
@@ -401,26 +424,31 @@ class RelayReconciler:
             return None
         words = f"{known} messages are still queued" if known or not unknown else "the queues are not known to be empty"
         silent = f" (not heard of: {', '.join(f'{key.name}-{ordinal}' for ordinal in unknown)})" if unknown else ""
-        return Fact("Draining", f"The resource goes when its queues are empty; {words}{silent}.")
+        why = f" {refused.message}" if refused is not None else ""
+        return Fact("Draining", f"The resource goes when its queues are empty; {words}{silent}.{why}")
 
-    async def _apply_draining(self, key: Key, relay: SmtpRelay) -> None:
-        """The configuration in force, with nothing changed but that every pod drains.
+    async def _apply_draining(self, key: Key, relay: SmtpRelay) -> Fact | None:
+        """The configuration in force, with nothing changed but that every pod drains; returns why it is refused.
 
         It is not built anew: what the resource names may be going as well.
         """
         found = self._context.store.get(Reference(SECRET, key.namespace, config_name(key.name)))
         if found is None:
-            return
+            return None
         try:
             in_force = decode(decoded(found).get(CONFIG_KEY, b""))
         except ConfigurationError as error:
             log.warning("%s: the configuration in force cannot be read, so pods are not told to drain: %s", key, error)
-            return
+            return None
         if in_force.drain_from_ordinal != 0:
             revision = f"{in_force.revision}-drain"
             draining = msgspec.structs.replace(in_force, drain_from_ordinal=0, revision=revision)
-            await ensure_child(self._context, config_secret(desired.owner_of(relay), encode(draining), revision))
+            try:
+                await ensure_child(self._context, config_secret(desired.owner_of(relay), encode(draining), revision))
+            except ChildRefusedError as error:
+                return error.fact
         await self._pods.nudge(key, self._revision_in_force(key))
+        return None
 
     # --- What is seen, and said --------------------------------------------------------------------------------------
 

@@ -18,15 +18,16 @@ from mailsluice_operator.credentials import Passwords, next_rotation, rotated
 from mailsluice_operator.reconcile import users
 from mailsluice_operator.reconcile.context import Context, Key
 from mailsluice_operator.reconcile.index import relay_named_by
-from mailsluice_operator.reconcile.writing import NameTakenError, delete_unwanted, ensure_child, write_status
+from mailsluice_operator.reconcile.writing import NotMadeError, delete_unwanted, ensure_child, write_status
 from mailsluice_operator.resource.models import SmtpRelay, SmtpUser, relay_from, user_from
 from mailsluice_operator.resource.quantities import seconds
 from mailsluice_operator.resource.status import SmtpUserStatus
 from mailsluice_operator.status import user_status
 from mailsluice_relay.config import login_key
 
-NAME_TAKEN_RETRY: Final = 30.0
-"""Seconds after which is looked again whether a foreign Secret still has the name: no watch tells of it."""
+NOT_MADE_RETRY: Final = 30.0
+"""Seconds after which is looked again whether a foreign Secret still has the name, or the API server still refuses
+ours: no watch tells of it."""
 
 POSTPONED: Final = 60.0
 """Seconds after which is looked again whether the relay takes a new password."""
@@ -67,7 +68,7 @@ async def reconcile_user(context: Context, key: Key) -> float | None:
     unready = await _ensure_secret(context, user, relay, relay_key, passwords)
     if unready is not None:
         await _report(context, body, user, None, unready, relay)
-        return NAME_TAKEN_RETRY if unready.reason == "NameTaken" else None
+        return NOT_MADE_RETRY if unready.reason in ("NameTaken", "ChildRefused") else None
     await _report(context, body, user, None, _relay_unready(relay), relay, passwords)
     return _until_change(context, user, passwords)
 
@@ -136,8 +137,8 @@ async def _ensure_secret(
     before = context.store.get(where)
     try:
         after = await ensure_child(context, wanted)
-    except NameTakenError as taken:
-        return taken.fact
+    except NotMadeError as error:
+        return error.fact
     body = context.store.get(key_of(user))
     if body is not None:  # a Secret of a former secretName
         await delete_unwanted(context, body, [wanted])

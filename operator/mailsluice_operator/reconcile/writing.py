@@ -1,18 +1,20 @@
 """Writes, and only where something differs: children are applied or deleted, a status is applied.
 
-An object of a child's name that somebody else made is left alone, and told about.
+An object of a child's name that somebody else made is left alone, and told about; so is what the API server refuses.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
 from mailsluice_operator.children.compare import satisfied
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import MANAGED_BY, MANAGED_BY_LABEL, plain
+from mailsluice_operator.cluster.client import ApiError
 from mailsluice_operator.cluster.objects import (
     CHILDREN,
     Object,
@@ -27,14 +29,37 @@ from mailsluice_operator.resource.status import SmtpRelayStatus, SmtpUserStatus
 log = logging.getLogger(__name__)
 
 
-class NameTakenError(Exception):
+MAXIMUM_REFUSAL: Final = 700
+"""Characters of an API server's answer that are repeated: an Event carries 1024 with the remedy."""
+
+
+class NotMadeError(Exception):
+    """A child is not as it is wanted, and will not be before a person changes something."""
+
+    def __init__(self, fact: Fact) -> None:
+        self.fact = fact
+        super().__init__(fact.message)
+
+
+class NameTakenError(NotMadeError):
     """An object that is not ours has the name of a child."""
 
     def __init__(self, where: Reference, why: str) -> None:
-        self.fact = Fact(
-            "NameTaken", f"{where} exists and {why}; delete or rename it, or give this resource another name."
-        )
-        super().__init__(self.fact.message)
+        words = f"{where} exists and {why}; delete or rename it, or give this resource another name."
+        super().__init__(Fact("NameTaken", words))
+
+
+class ChildRefusedError(NotMadeError):
+    """The API server refuses a child: a quota, a policy, a webhook, or a field that it does not take."""
+
+    def __init__(self, where: Reference, error: ApiError) -> None:
+        if error.status == 403:
+            remedy = "raise the quota, or change the policy, the webhook or the right that it names"
+        else:
+            remedy = "correct the field that it names; one that cannot be changed: set it back, or delete the object"
+        answer = error.message[:MAXIMUM_REFUSAL].rstrip(".")
+        words = f"{where} is refused by the API server ({answer}): {remedy}. It is tried again within a minute."
+        super().__init__(Fact("ChildRefused", words))
 
 
 async def ensure_child(context: Context, body: Object) -> Object:
@@ -48,7 +73,12 @@ async def ensure_child(context: Context, body: Object) -> Object:
         _check_ours(where, found, body)
     if known is not None and satisfied(body, known):
         return known
-    applied = await context.cluster.apply(body)
+    try:
+        applied = await context.cluster.apply(body)
+    except ApiError as error:
+        if error.permanent:
+            raise ChildRefusedError(where, error) from error
+        raise
     context.store.put(where.kind, applied)
     return applied
 
