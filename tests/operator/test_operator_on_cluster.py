@@ -179,6 +179,25 @@ def test_an_edited_child_is_repaired_within_two_seconds(
     within_two_seconds(lambda: content() == before)
 
 
+@pytest.mark.parametrize(
+    ("service", "edit"),
+    [
+        ("service/out", {"op": "replace", "path": "/spec/ports/2/port", "value": 1587}),
+        ("service/out-pods", {"op": "replace", "path": "/spec/ports/0/port", "value": 1587}),
+        ("service/out", {"op": "replace", "path": "/spec/ports/0/protocol", "value": "UDP"}),
+        ("service/out", {"op": "remove", "path": "/spec/ports/1"}),
+        ("service/out", {"op": "add", "path": "/spec/ports/-", "value": {"name": "more", "port": 80}}),
+    ],
+)
+def test_a_port_edited_by_hand_is_repaired_within_two_seconds(
+    repaired: Kubectl, service: str, edit: Object, within_two_seconds: Callable[..., float]
+) -> None:
+    before = get(repaired, service)["spec"]
+    repaired("patch", service, "--type=json", "-p", json.dumps([edit]))
+    within_two_seconds(lambda: get(repaired, service)["spec"] == before)
+    assert not is_true(repaired, "Stalled")
+
+
 def test_a_reconcile_with_nothing_to_do_writes_nothing(
     repaired: Kubectl, operator: Any, eventually: Eventually
 ) -> None:

@@ -37,6 +37,16 @@ def satisfied(wanted: Object, found: Object) -> bool:
     return _subset(wanted, found, "")
 
 
+def has_foreign_ports(wanted: Object, found: Object) -> bool:
+    """Whether a Service has ports that are not wanted, by what the API server tells ports apart."""
+
+    def ports(body: Object) -> set[tuple[int, str]]:
+        listed = (body.get("spec") or {}).get("ports") or ()
+        return {(port["port"], port.get("protocol", "TCP")) for port in listed}
+
+    return not ports(found) <= ports(wanted)
+
+
 def _subset(wanted: Any, found: Any, parent: str) -> bool:
     if isinstance(wanted, dict):
         if found is None:

@@ -227,6 +227,16 @@ class Cluster:
             reference_of(body), {"metadata": {"resourceVersion": version}, "spec": {"replicas": replicas}}
         )
 
+    async def set_ports(self, body: Object, ports: list[Object]) -> Object:
+        """Replace a Service's ports, unless it has changed since it was read (ConflictError).
+
+        Server-side apply merges them by port and protocol: it takes away no port that somebody else added.
+        """
+        version = body["metadata"]["resourceVersion"]
+        return await self._merge(
+            reference_of(body), {"metadata": {"resourceVersion": version}, "spec": {"ports": ports}}
+        )
+
     async def set_finalizers(self, body: Object, finalizers: list[str]) -> Object:
         """Replace the finalizers, unless the object has changed since it was read (ConflictError)."""
         metadata = body["metadata"]

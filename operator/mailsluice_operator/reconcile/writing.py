@@ -11,12 +11,13 @@ from typing import Final
 
 import msgspec
 
-from mailsluice_operator.children.compare import satisfied
+from mailsluice_operator.children.compare import has_foreign_ports, satisfied
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import MANAGED_BY, MANAGED_BY_LABEL, plain
 from mailsluice_operator.cluster.client import ApiError
 from mailsluice_operator.cluster.objects import (
     CHILDREN,
+    SERVICE,
     Object,
     Reference,
     controller_of,
@@ -74,6 +75,9 @@ async def ensure_child(context: Context, body: Object) -> Object:
     if known is not None and satisfied(body, known):
         return known
     try:
+        if where.kind is SERVICE and found is not None and has_foreign_ports(body, found):
+            # A port that was edited by hand would stay beside ours, with our port's name: applying would be refused.
+            await context.cluster.set_ports(found, body["spec"]["ports"])
         applied = await context.cluster.apply(body)
     except ApiError as error:
         if error.permanent:
