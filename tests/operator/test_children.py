@@ -275,6 +275,22 @@ def test_a_body_that_lost_a_field_has_another_fingerprint() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
 
 
+def test_the_fingerprint_of_a_secret_tells_its_keys_and_nothing_of_its_values() -> None:
+    def secret(**data: str) -> Object:
+        return child("v1", "Secret", "x", OWNER, labels={}, data=data)
+
+    def mark(body: Object) -> str:
+        found: str = body["metadata"]["annotations"][APPLIED_ANNOTATION]
+        return found
+
+    assert mark(secret(a="1")) == mark(secret(a="2"))
+    assert mark(secret(a="1")) != mark(secret(b="1"))
+    assert not satisfied(secret(a="2"), secret(a="1"))  # the value is compared itself
+    assert mark(child("v1", "ConfigMap", "x", OWNER, labels={}, data={"a": "1"})) != mark(
+        child("v1", "ConfigMap", "x", OWNER, labels={}, data={"a": "2"})
+    )
+
+
 # --- Grants and steps -------------------------------------------------------------------------------------------------
 
 

@@ -229,6 +229,20 @@ async def test_a_broken_secret_changes_nothing_and_the_last_good_children_are_ke
     assert world.found(SECRET, "out-config")["data"] == configuration
 
 
+async def test_the_last_good_children_are_those_with_the_newest_values(world: World) -> None:
+    await settle(world)
+    world.tell(provider(encoded="bmV3"))
+    await world.reconcile()
+    newest = world.found(SECRET, "out-credentials")["data"]
+    world.tell(provider(encoded=""))
+    credentials = Reference(SECRET, "mail", "out-credentials")
+    del world.api.objects[credentials]
+    world.context.store.discard(credentials)
+    await world.reconcile()
+    assert world.condition("ConfigurationValid") == ("False", "SecretInvalid")
+    assert world.found(SECRET, "out-credentials")["data"] == newest
+
+
 async def test_a_refused_child_holds_up_neither_the_others_nor_the_word_of_it(world: World) -> None:
     service = Reference(SERVICE, "mail", "out")
     world.api.refused[service] = InvalidError(str(service), 422, "422: spec.ports[0]: Invalid value")

@@ -24,8 +24,10 @@ WATCH_LABEL: Final = "mailsluice.dev/watch"
 MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 
 APPLIED_ANNOTATION: Final = "mailsluice.dev/applied"
-"""Fingerprint of the whole body that was applied last. A body that lacks a field which the one before it had looks like
-a subset of what is there; the fingerprint tells that it has to be applied all the same, so that the field goes."""
+"""Fingerprint of the body that was applied last. A body that lacks a field which the one before it had looks like a
+subset of what is there; the fingerprint tells that it has to be applied all the same, so that the field goes. Of a
+Secret's values it tells nothing: who may read the annotation and not the Secret could try guesses on it. Values are
+compared themselves."""
 REVISION_ANNOTATION: Final = "mailsluice.dev/revision"
 LISTENERS_ANNOTATION: Final = "mailsluice.dev/listeners"
 """On pods: fingerprint of what of the listeners a running relay cannot change."""
@@ -131,7 +133,8 @@ def child(
         },
         **content,
     }
-    body["metadata"]["annotations"][APPLIED_ANNOTATION] = fingerprint(body)
+    shown = {**body, "data": sorted(body.get("data", ()))} if kind == "Secret" else body
+    body["metadata"]["annotations"][APPLIED_ANNOTATION] = fingerprint(shown)
     return body
 
 

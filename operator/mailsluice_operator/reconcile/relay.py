@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,6 @@ from mailsluice_operator.children.compare import satisfied
 from mailsluice_operator.children.dns_records import dns_records
 from mailsluice_operator.children.facts import Fact
 from mailsluice_operator.children.metadata import (
-    APPLIED_ANNOTATION,
     DISCARD_QUEUE_ANNOTATION,
     DRAIN_FINALIZER,
     REVISION_ANNOTATION,
@@ -75,17 +75,19 @@ class _Memory:
 
     good: bytes | None = None
     """The children of the last configuration that could be used, packed: they stay while a newer one cannot."""
-    good_prints: tuple[str, ...] = ()
+    good_digest: bytes = b""
+    """Of what `good` holds, values of Secrets included; it stays within this process."""
     delay: float = FIRST_WAIT
     learnt: bool = False
     queued: int | None = None
     queued_at: float = 0.0
 
     def remember(self, children: list[Object]) -> None:
-        prints = tuple(annotations_of(child)[APPLIED_ANNOTATION] for child in children)
-        if prints != self.good_prints:
-            self.good_prints = prints
-            self.good = zlib.compress(msgspec.json.encode(children))
+        encoded = msgspec.json.encode(children)
+        digest = hashlib.sha256(encoded).digest()
+        if digest != self.good_digest:
+            self.good_digest = digest
+            self.good = zlib.compress(encoded)
 
     def wait(self) -> float:
         """In how many seconds to look again for what no watch tells of."""
