@@ -20,9 +20,55 @@ SLOW = (0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0, 1800.0)
 DELIVERY = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 14400.0, 86400.0)
 SCORES = (-5.0, 0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 50.0)
 
-MESSAGE_RESULTS = ("accepted", "deferred", "rejected", "suspected", "held")
+SESSION_REASONS: Mapping[Result, frozenset[Reason]] = {
+    Result.SUSPECTED_SPAM: SUSPICION_REASONS,
+    Result.ACCEPTED: frozenset({Reason.ACCEPTED}),
+    Result.REJECTED: frozenset(Reason) - SUSPICION_REASONS - {Reason.ACCEPTED, Reason.NONE},
+    Result.NONE: frozenset({Reason.NONE}),
+}
+"""The reasons that each result of a session can have."""
+MESSAGE_REASONS: Mapping[str, frozenset[Reason]] = {
+    "accepted": frozenset({Reason.ACCEPTED}),
+    "suspected": SUSPICION_REASONS,
+    "held": SUSPICION_REASONS,
+    "deferred": frozenset(
+        {
+            Reason.LOGIN_SUSPENDED,
+            Reason.RATE_LIMITED,
+            Reason.LIMIT_STORE_UNAVAILABLE,
+            Reason.ENGINE_UNAVAILABLE,
+            Reason.QUEUE_FULL,
+            Reason.SHUTTING_DOWN,
+            Reason.INTERNAL_ERROR,
+            Reason.UPSTREAM_REFUSED,
+            Reason.UPSTREAM_UNAVAILABLE,
+        }
+    ),
+    "rejected": SUSPICION_REASONS
+    | {
+        Reason.TLS_REQUIRED,
+        Reason.AUTHENTICATION_REQUIRED,
+        Reason.SENDER_NOT_OWNED,
+        Reason.HEADER_FROM_NOT_OWNED,
+        Reason.SENDER_DOMAIN_NOT_ALLOWED,
+        Reason.RATE_LIMITED,
+        Reason.MALWARE,
+        Reason.LINE_ENDING,
+        Reason.HEADER_MALFORMED,
+        Reason.MAIL_LOOP,
+        Reason.MESSAGE_TOO_BIG,
+        Reason.UPSTREAM_REFUSED,
+    },
+}
+"""The reasons that each result of a message can have: what MAIL, and what comes after it, is refused for."""
+AUTHENTICATION_REASONS: Mapping[str, frozenset[Reason]] = {
+    "success": frozenset({Reason.ACCEPTED}),
+    "failure": frozenset({Reason.CREDENTIALS_INVALID, Reason.SHORT_LOGIN, Reason.TOO_MANY_FAILURES}),
+    "error": frozenset({Reason.AUTHENTICATION_UNAVAILABLE}),
+}
+"""The reasons that each result of an AUTH exchange can have."""
+OFFERED_MECHANISMS = ("PLAIN", "LOGIN")
 RECIPIENT_RESULTS = ("accepted", "deferred", "rejected")
-AUTHENTICATION_RESULTS = ("success", "failure", "error")
 QUEUE_STATES = ("active", "deferred", "held")
 DELIVERY_RESULTS = ("delivered", "deferred", "failed")
 BOUNCE_CLASSES = ("permanent", "expired", "policy")
@@ -114,18 +160,9 @@ class Metrics:
         self._users: frozenset[str] = frozenset()
 
         self.limit_store_up.set(1)
-        for result in MESSAGE_RESULTS:
-            reasons: Iterable[Reason] = (
-                [Reason.ACCEPTED]
-                if result == "accepted"
-                else SUSPICION_REASONS
-                if result in {"suspected", "held"}
-                else [Reason.RATE_LIMITED, Reason.QUEUE_FULL]
-                if result == "deferred"
-                else [Reason.AUTHENTICATION_REQUIRED, Reason.SENDER_NOT_OWNED, Reason.SPAM]
-            )
+        for message_result, reasons in MESSAGE_REASONS.items():
             for reason in reasons:
-                self.messages.labels(result, reason)
+                self.messages.labels(message_result, reason)
         for result in RECIPIENT_RESULTS:
             self.recipients.labels(result)
         for state in QUEUE_STATES:
@@ -134,11 +171,10 @@ class Metrics:
             self.bounces.labels(bounce)
         for version in ("TLSv1.2", "TLSv1.3"):
             self.tls_sessions.labels(version)
-        for mechanism in ("PLAIN", "LOGIN"):
-            self.authentications.labels(mechanism, "success", Reason.ACCEPTED)
-            for reason in (Reason.CREDENTIALS_INVALID, Reason.SHORT_LOGIN, Reason.TOO_MANY_FAILURES):
-                self.authentications.labels(mechanism, "failure", reason)
-            self.authentications.labels(mechanism, "error", Reason.AUTHENTICATION_UNAVAILABLE)
+        for mechanism in OFFERED_MECHANISMS:
+            for authentication_result, reasons in AUTHENTICATION_REASONS.items():
+                for reason in reasons:
+                    self.authentications.labels(mechanism, authentication_result, reason)
 
     def configure(
         self, configuration: Configuration, certificate_expiry: Mapping[str, float], spam_rules: Iterable[str] = ()
@@ -151,11 +187,9 @@ class Metrics:
         self.configuration_info.labels(configuration.revision).set(1)
         for listener in configuration.listeners:
             self.sessions_active.labels(listener.name)
-            self.sessions.labels(listener.name, Result.ACCEPTED, Reason.ACCEPTED)
-            self.sessions.labels(listener.name, Result.NONE, Reason.NONE)
-            self.sessions.labels(listener.name, Result.REJECTED, Reason.AUTHENTICATION_REQUIRED)
-            for reason in SUSPICION_REASONS:
-                self.sessions.labels(listener.name, Result.SUSPECTED_SPAM, reason)
+            for session_result, reasons in SESSION_REASONS.items():
+                for reason in reasons:
+                    self.sessions.labels(listener.name, session_result, reason)
         for name, when in certificate_expiry.items():
             self.certificate_expiry.labels(name).set(when)
         for upstream in configuration.upstreams:
@@ -176,6 +210,10 @@ class Metrics:
             self.spam_engine_failures.labels(engine.name)
         names = [user.login for user in configuration.authentication.users]
         self._users = frozenset(names[: configuration.monitoring.user_metrics_limit])
+        for name in (*self._users, OTHER_USER):
+            self.user_recipients.labels(name)
+            for message_result in MESSAGE_REASONS:
+                self.user_messages.labels(name, message_result)
 
     def user(self, login: str | None) -> str:
         """The `user` label of a login: itself among the first configured ones, else `other`."""

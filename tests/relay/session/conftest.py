@@ -154,7 +154,7 @@ class RunningRelay:
             now=time.time,
             monotonic=time.monotonic,
         )
-        self.metrics.configure(configuration, self.listeners.certificate_expiry())
+        self.metrics.configure(configuration, self.listeners.certificate_expiry(), self.admission.spam_rules)
         self.client_tls = ssl.create_default_context()
         ca.configure_trust(self.client_tls)
 

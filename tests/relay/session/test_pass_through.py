@@ -95,6 +95,10 @@ class Chain:
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
+    def series(self) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+        samples = [sample for family in self.metrics.registry.collect() for sample in family.samples]
+        return {(sample.name, frozenset(sample.labels.items())) for sample in samples}
+
     @property
     def has_nothing(self) -> bool:
         counts = self.dispatcher.counts()
@@ -149,6 +153,21 @@ async def test_250_is_the_upstreams_and_nothing_is_kept(start: StartChain, make_
     assert received.recipients == ["RCPT TO:<a@example.org>", "RCPT TO:<b@example.org>"]
     assert received.text.endswith(b"Hello.\r\n" + line * (size // len(line)))
     assert b"Received: from client.test" in received.text
+
+
+@pytest.mark.parametrize("answer", ["250 2.0.0 ok", "450 4.2.1 later", "550 5.7.1 never", "421 4.3.2 no more"])
+@pytest.mark.parametrize("step", ["MAIL", "RCPT", "."])
+async def test_no_answer_of_the_upstream_makes_a_metric_series(
+    start: StartChain, make_upstream: Any, until: Any, step: str, answer: str
+) -> None:
+    server = await make_upstream(answers={step: answer})
+    async with start(upstream_of(server)) as chain:
+        before = chain.series()
+        client = await chain.client()
+        await client.send("a@example.org")
+        client.writer.close()
+        await until(lambda: chain.metric("mailsluice_sessions_active", listener="open") == 0)
+        assert chain.series() - before == set()
 
 
 async def test_250_waits_for_the_upstreams(start: StartChain, make_upstream: Any, until: Any) -> None:
