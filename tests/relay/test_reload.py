@@ -2,9 +2,11 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mailsluice_relay import reload
 from mailsluice_relay.config import Configuration, ConfigurationError, Listener, ListenerMode, Relay, Upstream, encode
 from mailsluice_relay.reload import HalfConfigurationError, Loaded, changes, load
 
@@ -39,6 +41,13 @@ def mount(directory: Path, files: dict[str, bytes], generation: int) -> None:
 def mount_both(directory: Path, wanted: Configuration, generation: int) -> None:
     mount(directory / "config", {"config.json.gz": encode(wanted)}, generation)
     mount(directory / "credentials", {"revision": wanted.credentials_revision.encode()}, generation)
+
+
+async def until_noticed(waiting: asyncio.Future[Any], directory: Path) -> None:
+    """Until a change in the directory is noticed: nothing else tells that the watch stands."""
+    while not waiting.done():
+        (directory / "touched").touch()
+        await asyncio.wait({waiting}, timeout=0.05)
 
 
 def test_both_halves_are_read(tmp_path: Path) -> None:
@@ -88,9 +97,9 @@ async def test_a_swap_of_the_mount_is_noticed_and_a_broken_one_reported(tmp_path
     stop, force = asyncio.Event(), asyncio.Event()
     found = changes(tmp_path, stop, force)
     waiting = asyncio.ensure_future(anext(found))
-    await asyncio.sleep(0.2)  # the watch must stand before the swap: it has no hook to wait on
-    mount_both(tmp_path, configuration("r2", "c2"), 2)
     async with asyncio.timeout(20):
+        await until_noticed(waiting, tmp_path / "config")
+        mount_both(tmp_path, configuration("r2", "c2"), 2)
         seen = await waiting
         while isinstance(seen, Loaded) and seen.configuration.revision != "r2":
             seen = await anext(found)
@@ -103,17 +112,28 @@ async def test_a_swap_of_the_mount_is_noticed_and_a_broken_one_reported(tmp_path
     await found.aclose()
 
 
-async def test_the_second_half_is_waited_for(tmp_path: Path) -> None:
+async def test_the_second_half_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mount_both(tmp_path, configuration("r1"), 1)
     stop, force = asyncio.Event(), asyncio.Event()
     found = changes(tmp_path, stop, force)
     mount(tmp_path / "config", {"config.json.gz": encode(configuration("r2", "c2"))}, 2)
     force.set()
+    refused = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def look(directory: Path) -> Loaded:
+        try:
+            return load(directory)
+        except HalfConfigurationError:
+            loop.call_soon_threadsafe(refused.set)
+            raise
+
+    monkeypatch.setattr(reload, "load", look)
     waiting = asyncio.ensure_future(anext(found))
     async with asyncio.timeout(20):
-        while not waiting.done() and not (tmp_path / "credentials" / "..generation_2").exists():
-            await asyncio.sleep(0.3)
-            mount(tmp_path / "credentials", {"revision": b"c2"}, 2)
+        await refused.wait()  # one half was seen, and found too new
+        assert not waiting.done()
+        mount(tmp_path / "credentials", {"revision": b"c2"}, 2)
         seen = await waiting
     assert isinstance(seen, Loaded)
     assert seen.configuration.revision == "r2"

@@ -347,12 +347,12 @@ async def test_nobody_waits_longer_than_the_time_out(
 async def test_a_message_that_is_given_up_leaves_no_connection(
     make_server: MakeServer, until: Until, kind: EngineType
 ) -> None:
-    gone = asyncio.Event()
+    given_up, gone = asyncio.Event(), asyncio.Event()
 
     async def notices(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(MEGABYTE):
             pass
-        await asyncio.sleep(0.2)
+        await given_up.wait()  # some end their side once the message is sent
         try:
             while True:
                 writer.write(b"x" * 1000)
@@ -366,6 +366,7 @@ async def test_a_message_that_is_given_up_leaves_no_connection(
     await until(lambda: server.connections)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
+    given_up.set()
     async with asyncio.timeout(10):
         await gone.wait()
 
