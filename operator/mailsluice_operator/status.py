@@ -93,8 +93,9 @@ class _Conditions:
     now: datetime.datetime
     made: list[Condition] = field(default_factory=list)
 
-    def set(self, kind: str, value: bool, fact: Fact) -> None:
-        status: Literal["True", "False"] = "True" if value else "False"
+    def set(self, kind: str, value: bool | None, fact: Fact) -> None:
+        """Whether the condition holds (None: that cannot be known now), and why."""
+        status: Literal["True", "False", "Unknown"] = "Unknown" if value is None else "True" if value else "False"
         former = next((condition for condition in self.before if condition.type == kind), None)
         flipped = former is None or former.status != status
         self.made.append(
@@ -122,12 +123,7 @@ def relay_status(before: SmtpRelayStatus, view: RelayView, now: datetime.datetim
         view.invalid is None,
         view.invalid or Fact("Valid", "All fields and all objects that they name can be used."),
     )
-    degraded = _degraded(view)
-    conditions.set(
-        "Degraded",
-        bool(degraded),
-        joined(degraded) or Fact("AsExpected", "Everything that was looked at is in order."),
-    )
+    conditions.set("Degraded", *_degraded(view))
     conditions.set(
         "Paused",
         view.paused,
@@ -185,7 +181,17 @@ def _reconciling(view: RelayView, current: int) -> tuple[bool, Fact]:
     return False, Fact("UpToDate", "What is wanted is in force.")
 
 
-def _degraded(view: RelayView) -> list[Fact]:
+def _degraded(view: RelayView) -> tuple[bool | None, Fact]:
+    found = joined(_shortcomings(view))
+    if found is not None:
+        return True, found
+    if view.invalid is not None:
+        # Certificates, volumes and limits are looked at only together with a configuration that can be used.
+        return None, Fact("NotFullyKnown", "Not all was looked at: the configuration cannot be used, see Stalled.")
+    return False, Fact("AsExpected", "Everything that was looked at is in order.")
+
+
+def _shortcomings(view: RelayView) -> list[Fact]:
     found = list(view.degraded)
     down: dict[str, UpstreamDown] = {}
     for pod in view.pods:

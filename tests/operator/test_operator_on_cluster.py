@@ -221,6 +221,8 @@ def test_a_missing_secret_is_named_told_once_and_taken_up_when_it_comes(mail: Ku
     message = condition(mail, "ConfigurationValid")[2]
     assert "spec.upstreams[0].credentialsSecretRef" in message
     assert f"Secret {mail.namespace}/late" in message
+    assert "looked for again within 15 s" in message
+    assert condition(mail, "Degraded")[:2] == ("Unknown", "NotFullyKnown")
     assert is_true(mail, "Stalled")
     assert not is_true(mail, "Ready")
     assert not any(exists(mail, child) for child in CHILDREN)  # never half applied

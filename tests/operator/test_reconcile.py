@@ -207,7 +207,7 @@ async def test_the_server_certificate_is_renewed_in_time_without_a_new_pod(world
 
 async def test_a_missing_secret_is_looked_for_less_and_less_often(world: World) -> None:
     world.tell(relay())
-    assert [await world.reconcile() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert [await world.reconcile() for _ in range(8)] == [1, 2, 4, 8, 15, 15, 15, 15]
     assert world.condition("ConfigurationValid") == ("False", "SecretNotFound")
     assert world.api.events == ["SecretNotFound"]
     world.tell(provider())

@@ -58,7 +58,14 @@ HEALTHY = {
         ({"rolled_out": False}, {"Reconciling": "True"}),
         ({"pods": (PodView(name="out-0", ready=True, revision="r0"),)}, {"Reconciling": "True"}),
         ({"pods": (PodView(name="out-0", ready=True),)}, {}),  # one that cannot be reached is not waited for
-        ({"invalid": Fact("SecretNotFound", "x")}, {"Stalled": "True", "ConfigurationValid": "False"}),
+        (
+            {"invalid": Fact("SecretNotFound", "x")},
+            {"Stalled": "True", "ConfigurationValid": "False", "Degraded": "Unknown"},
+        ),
+        (
+            {"invalid": Fact("SecretNotFound", "x"), "degraded": (Fact("QueueOld", "x"),)},
+            {"Stalled": "True", "ConfigurationValid": "False", "Degraded": "True"},
+        ),
         ({"blocked": Fact("NameTaken", "x")}, {"Stalled": "True"}),
         ({"degraded": (Fact("QueueOld", "x"),)}, {"Degraded": "True"}),
         (

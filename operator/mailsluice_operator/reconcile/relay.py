@@ -62,8 +62,10 @@ log = logging.getLogger(__name__)
 
 FIRST_WAIT: Final = 1.0
 LONGEST_WAIT: Final = 60.0
-"""Seconds after which is looked again for what cannot be watched, since it has no label of ours: a Secret that was not
-there, a foreign object that was. Each time twice as long."""
+"""Seconds after which is looked again for what cannot be watched: a foreign object of a child's name, since it has no
+label of ours, and what made the API server refuse a child. Each time twice as long."""
+LONGEST_WAIT_FOR_SECRET: Final = 15.0
+"""The same for a Secret that was not there: someone is about to make it, and to look costs one small request."""
 
 EXPIRING: Final = datetime.timedelta(days=14)
 """Before the end of a certificate that a person has to renew."""
@@ -89,9 +91,9 @@ class _Memory:
             self.good_digest = digest
             self.good = zlib.compress(encoded)
 
-    def wait(self) -> float:
+    def wait(self, longest: float = LONGEST_WAIT) -> float:
         """In how many seconds to look again for what no watch tells of."""
-        delay, self.delay = self.delay, min(self.delay * 2, LONGEST_WAIT)
+        delay, self.delay = min(self.delay, longest), min(self.delay * 2, longest)
         return delay
 
     def recall(self) -> list[Object]:
@@ -156,12 +158,18 @@ class RelayReconciler:
         step = await self._step(key, effective, workload, wanted)
         built = await self._build(key, effective, step)
         if isinstance(built, Fact):
+            missing = built.reason == "SecretNotFound"
+            if missing:
+                again = f"It is looked for again within {LONGEST_WAIT_FOR_SECRET:.0f} s."
+                built = Fact(built.reason, f"{built.message} {again}")
             refused = await self._keep_last_good(memory)
             view = replace(
                 await self._view(key, relay, in_force, changing=False), invalid=built, degraded=tuple(refused)
             )
             await self._report(body, relay.status, view)
-            return memory.wait() if refused or built.reason == "SecretNotFound" else self._look_again(key, view)
+            if missing:
+                return memory.wait(LONGEST_WAIT_FOR_SECRET)
+            return memory.wait() if refused else self._look_again(key, view)
         children = desired.relay_children(
             effective,
             built.contents,
