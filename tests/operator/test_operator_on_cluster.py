@@ -364,6 +364,18 @@ def test_a_child_that_a_quota_refuses_is_told_of_and_made_once_it_may_be(
     assert condition(mail, "Ready")[1] == "NoReplicaReady"
 
 
+def test_a_child_that_is_not_valid_is_told_of_and_the_rest_goes_on(settled: Kubectl, eventually: Eventually) -> None:
+    settled.apply(relay(service={"annotations": {"not a name": "x"}}, monitoring={}))
+    eventually(lambda: condition(settled, "Stalled")[:2] == ("True", "ChildRefused"))
+    message = condition(settled, "Stalled")[2]
+    assert f"Service {settled.namespace}/out is refused" in message
+    assert "metadata.annotations: Invalid value" in message
+    settled("delete", "configmap/out-ca", "--wait=false")
+    eventually(lambda: exists(settled, "configmap/out-ca"), 5)
+    settled.apply(relay(monitoring={}))
+    eventually(lambda: not is_true(settled, "Stalled") and not exists(settled, "podmonitor/out"))
+
+
 def test_a_paused_relay_is_left_as_it_is(settled: Kubectl, operator: Any, eventually: Eventually) -> None:
     settled.apply(relay(paused=True))
     eventually(lambda: is_true(settled, "Paused"))

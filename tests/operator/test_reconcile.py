@@ -449,6 +449,21 @@ def can_log_in(world: World, *passwords: str) -> list[bool]:
     return [any(fits(hashed, given) for hashed in user.hashes) for given in passwords]
 
 
+async def test_a_user_is_told_why_its_secret_is_refused_and_gets_it_once_it_may_be(world: World) -> None:
+    secret = Reference(SECRET, "mail", "news-smtp")
+    world.api.refused[secret] = ApiError(str(secret), 403, "403: exceeded quota: tight")
+    await settle_user(world)
+    assert await world.reconciler(NEWS) == 30
+    conditions = world.found(SMTP_USER, "news")["status"]["conditions"]
+    (ready,) = [item for item in conditions if item["type"] == "Ready"]
+    assert (ready["status"], ready["reason"]) == ("False", "ChildRefused")
+    assert "exceeded quota: tight" in ready["message"]
+    world.api.refused.clear()
+    await world.reconciler(NEWS)
+    await world.reconcile()
+    assert can_log_in(world, password(world)) == [True]
+
+
 async def test_a_rotated_password_is_taken_beside_the_former_one_until_the_overlap_ends(world: World) -> None:
     await settle_user(world)
     first = password(world)
