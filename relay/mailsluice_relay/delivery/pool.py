@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
+
 from mailsluice_relay.config import UpstreamLimits
 from mailsluice_relay.delivery.allowance import Allowance
 from mailsluice_relay.delivery.breaker import Breaker
@@ -22,6 +24,8 @@ from mailsluice_relay.delivery.outcome import Delivered, FailureClass, Fault, Ou
 from mailsluice_relay.delivery.pace import Pace
 from mailsluice_relay.delivery.target import Target
 from mailsluice_relay.envelope import Mailbox
+
+log = structlog.get_logger("mailsluice.delivery")
 
 IDLE_TIMEOUT: Final = 30.0
 """Seconds that an unused connection is kept; most providers close theirs after one to five minutes."""
@@ -305,6 +309,11 @@ class Pool:
                 try:
                     connection = await self._connect()
                 except Fault:
+                    continue
+                except Exception:
+                    # A fault of ours: without a probe the upstream would be down until the next start.
+                    log.exception("probe_failed", upstream=self.target.name)
+                    self._failed(Fault(FailureClass.UNAVAILABLE, Stage.CONNECT, "the probe failed"))
                     continue
                 self._breaker.succeeded()
                 self._give_back(connection)

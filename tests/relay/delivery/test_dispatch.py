@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from mailsluice_relay import config
+from mailsluice_relay.delivery import breaker, pool
 from mailsluice_relay.delivery.client import Timeouts
 from mailsluice_relay.dispatch import Dispatcher
 from mailsluice_relay.envelope import Mailbox, Notify, Recipient
@@ -368,6 +369,29 @@ async def test_an_upstream_that_comes_back_is_noticed(start: Any, make_upstream:
         await until(lambda: relay.is_empty)
         assert len(server.received) == 1
         assert relay.metric("mailsluice_upstream_up", upstream="up") == 1
+
+
+async def test_an_upstream_that_comes_back_is_noticed_though_looking_went_wrong_once(
+    start: Any, make_upstream: Any, message: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, faults = pool.connect, list[Exception]()
+
+    async def fails_the_first_probe(*arguments: Any) -> Any:
+        if relay.metric("mailsluice_upstream_up", upstream="up") == 0 and not faults:
+            faults.append(ValueError("something that nobody thought of"))
+            raise faults[0]
+        return await connect(*arguments)
+
+    monkeypatch.setattr(pool, "connect", fails_the_first_probe)
+    monkeypatch.setattr(breaker, "FIRST_PROBE", 0.05)
+    server = await make_upstream()
+    await server.stop()
+    async with start(configured(upstream_of(server))) as relay:
+        await relay.dispatcher.submit(message())
+        await until(lambda: faults)
+        await server.start()
+        await until(lambda: relay.is_empty)
+        assert len(server.received) == 1
 
 
 async def test_throttling_slows_the_upstream_down_and_bounces_nothing(
