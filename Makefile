@@ -79,6 +79,14 @@ bench: setup ## measure beside Postfix, Haraka and aiosmtpd; fails below the flo
 bench-short: setup ## the same in less than a minute, to see that it runs: no floor
 	$(BIN)/python -m benchmarks --short
 
+.PHONY: bench-operator
+bench-operator: setup ## how fast an operator catches up over 1,000 relays (about 10 minutes)
+	$(BIN)/python -m benchmarks.operator_restart
+
+.PHONY: kills
+kills: setup ## kill -9 under load 200 times: nothing that got 250 is lost (about 10 minutes)
+	MAILSLUICE_KILLS=100 $(PYTEST) tests/relay/delivery/test_delivery_killed.py --timeout=3000
+
 ##@ Build
 
 .PHONY: image
