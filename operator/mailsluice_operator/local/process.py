@@ -74,6 +74,10 @@ class LocalRelay:
         self._http_port = http_port
         self._quiet = quiet
         self._shown = ""
+        self.warnings: tuple[str, ...] = ()
+        """Of the files as they were read last."""
+        self.read: list[bytes | None] = []
+        """What the files held then; None for one that could not be read."""
         self._process: asyncio.subprocess.Process | None = None
 
     @contextlib.asynccontextmanager
@@ -111,6 +115,7 @@ class LocalRelay:
 
     def refresh(self) -> Compiled:
         """Read the files and show the relay what is new. Raises LocalError and changes nothing."""
+        self.read = _contents(self.files)
         made = compiled(self.files, self._name, self._data_directory, self._ports)
         packed = encode(made.configuration)
         if made.configuration.revision != self._shown:
@@ -119,6 +124,7 @@ class LocalRelay:
             write_mount(mounts / "credentials", {**made.files, "revision": revision})
             write_mount(mounts / "config", {"config.json.gz": packed})
             self._shown = made.configuration.revision
+        self.warnings = made.warnings
         return made
 
 
@@ -140,7 +146,7 @@ async def _run(relay: LocalRelay, ready_file: Path | None) -> None:
         for name, address in started.listeners.items():
             _say(f"{name:12} {address}")
         _say(f"metrics      http://{started.http}/metrics\nCA           {started.ca}\nCtrl-C drains and ends.")
-        for warning in relay.refresh().warnings:
+        for warning in relay.warnings:
             _say(f"warning: {warning}")
         following = asyncio.ensure_future(_follow(relay, stop, again))
         dying = asyncio.ensure_future(relay.ended())
@@ -160,7 +166,8 @@ async def _follow(relay: LocalRelay, stop: asyncio.Event, again: asyncio.Event) 
     # The folders: who replaces a file by renaming leaves a watch on the file itself with the old one.
     folders = {path.resolve().parent for path in relay.files} | {path.absolute().parent for path in relay.files}
     watched = watchfiles.awatch(*folders, stop_event=stop, recursive=False, watch_filter=None)
-    seen = _contents(relay.files)
+    if _contents(relay.files) != relay.read:  # changed while the relay started
+        again.set()
     changed = asyncio.ensure_future(anext(watched, None))
     stopping = asyncio.ensure_future(stop.wait())
     while not stop.is_set():
@@ -173,8 +180,7 @@ async def _follow(relay: LocalRelay, stop: asyncio.Event, again: asyncio.Event) 
             break
         if changed.done():
             changed = asyncio.ensure_future(anext(watched, None))
-        before, seen = seen, _contents(relay.files)
-        if seen == before and not asked:
+        if _contents(relay.files) == relay.read and not asked:
             continue
         try:
             made = relay.refresh()
